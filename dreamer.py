@@ -1,0 +1,1056 @@
+"""Dreamer v1 and v2 on the DeepMind Control Suite, from pixels, in one script.
+
+    python dreamer.py --train                                   # walker-walk, Dreamer v1
+    python dreamer.py --env cartpole-balance --algo Dreamerv2 --train
+    python dreamer.py --train --restore                         # go on with a run
+    python dreamer.py --evaluate --restore                      # returns, JSON and GIFs
+    tensorboard --logdir runs
+
+A world model (models.py: the RSSM) is learned from replayed episodes; an actor and a value are
+learned inside it, in imagination. Read in this order: the losses, the agent and its gradient
+step, the training loop. A step is always an environment frame, after action repeat.
+
+Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/abs/2010.02193
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import env_wrapper
+import replay_buffer
+import utils
+from models import (
+    RSSM,
+    ActionDecoder,
+    ConvDecoder,
+    ConvEncoder,
+    DenseDecoder,
+    State,
+    init_as_keras,
+    kl_divergence,
+)
+
+# ------------------------------------------------------------------------------ flags and presets
+
+# The algorithms and the sizes differ in these values and in nothing else.
+ALGORITHMS = {
+    "Dreamerv1": {"free_nats": 3.0, "kl_balance": None},
+    "Dreamerv2": {"free_nats": 0.0, "kl_balance": 0.8},
+}
+PRESETS = {
+    "full": {
+        "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
+        "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
+    },
+    "small": {
+        "batch_size": 16, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
+        "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
+    },
+}  # fmt: skip
+
+
+def flag(default, help, *aliases, **options):
+    """A field of `Config` that is also a flag of the command line."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, **options})
+
+
+def number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+@dataclass
+class Config:
+    """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`)."""
+
+    env: str = flag("walker-walk", "task of the Control Suite", group="run")
+    algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2", group="run")
+    exp: str = flag("default", "name of the experiment", "--exp-name", group="run")
+    seed: int = flag(1, "random seed", group="run")
+    logdir: str = flag("runs", "where runs are kept", group="run")
+    preset: str = flag("auto", "sizes: full, small, or auto: full on CUDA, small on a CPU",
+                       choices=("auto", *PRESETS), group="run")  # fmt: skip
+    device: str = flag("auto", "cpu, cuda, or auto", group="run")
+    precision: str = flag("auto", "fp32, bf16, fp16, or auto: fp16 on a T4, bf16 on newer "
+                          "cards, fp32 on a CPU",
+                          choices=("auto", "fp32", "bf16", "fp16"), group="run")  # fmt: skip
+
+    total_steps: int = flag(100_000, "frames of the whole run", group="schedule")
+    seed_steps: int = flag(5000, "frames of random actions before training", group="schedule")
+    collect_steps: int = flag(1000, "frames collected in an iteration", group="schedule")
+    update_steps: int = flag(100, "gradient steps in an iteration", group="schedule")
+    pretrain_steps: int = flag(100, "gradient steps in the first iteration", group="schedule")
+    eval_interval: int = flag(10_000, "frames between evaluations; 0: none but the last",
+                              "--test-interval", group="schedule")  # fmt: skip
+    eval_episodes: int = flag(10, "episodes of an evaluation", "--test-episodes",
+                              group="schedule")  # fmt: skip
+    checkpoint_interval: int = flag(5000, "frames between checkpoints", group="schedule")
+    video_interval: int = flag(50_000, "frames between videos; 0: none", group="schedule")
+    max_hours: float = flag(None, "stop cleanly after so many hours", type=float, group="schedule")
+
+    action_repeat: int = flag(2, "frames an action is held", group="environment")
+    time_limit: int = flag(1000, "frames of an episode", group="environment")
+    action_noise: float = flag(0.3, "std of the noise added to collected actions",
+                               group="environment")  # fmt: skip
+    buffer_gb: float = flag(None, "memory of the replay, in GB (default: by free memory)",
+                            type=float, group="environment")  # fmt: skip
+
+    batch_size: int = flag(None, "sequences in a batch", type=int, group="sizes")
+    train_seq_len: int = flag(None, "steps of a sequence", type=int, group="sizes")
+    deter_size: int = flag(None, "deterministic state of the RSSM", type=int, group="sizes")
+    stoch_size: int = flag(None, "stochastic state of the RSSM", type=int, group="sizes")
+    hidden_size: int = flag(None, "hidden layers of the RSSM", type=int, group="sizes")
+    num_units: int = flag(None, "hidden layers of actor, value and reward", type=int, group="sizes")
+    cnn_depth: int = flag(None, "channels of the first convolution", type=int, group="sizes")
+    imagine_horizon: int = flag(None, "imagined steps", type=int, group="sizes")
+
+    discount: float = flag(0.99, "discount of a step of the agent", group="objective")
+    td_lambda: float = flag(0.95, "lambda of the returns", group="objective")
+    free_nats: float = flag(None, "KL below which the model is not pushed", type=float,
+                            group="objective")  # fmt: skip
+    kl_balance: float = flag(None, "share of the KL that trains the prior; none: no balancing",
+                             type=number_or_none, group="objective")  # fmt: skip
+    kl_scale: float = flag(1.0, "weight of the KL in the model's loss", group="objective")
+    actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start",
+                                 group="objective")  # fmt: skip
+    use_disc_model: bool = flag(False, "predict continuation instead of a constant discount",
+                                group="objective")  # fmt: skip
+    disc_loss_coeff: float = flag(10.0, "weight of the continuation loss", group="objective")
+    model_learning_rate: float = flag(None, "of the world model", type=float, group="objective")
+    actor_learning_rate: float = flag(None, "of the actor", type=float, group="objective")
+    value_learning_rate: float = flag(None, "of the value", type=float, group="objective")
+    adam_epsilon: float = flag(1e-7, "of the three optimizers", group="objective")
+    grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped", group="objective")
+
+
+# What a restored run may change: nothing in it alters what an iteration computes.
+MAY_CHANGE = {
+    "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
+    "checkpoint_interval", "video_interval", "max_hours",
+}  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`.
+
+    Raises:
+        utils.RunError: it does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise utils.RunError(f"--device {name}: there is no such kind of device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise utils.RunError(f"--device {name}: PyTorch sees no CUDA device here; try --device cpu")
+    return device
+
+
+def resolve(given: dict, saved: dict | None = None) -> Config:
+    """The configuration of a run: flags that were given, a saved run's, and the defaults.
+
+    Args:
+        given: field names to values, only of the flags that stood on the command line.
+        saved: the `config.json` of a run that is being restored.
+
+    Raises:
+        utils.RunError: a flag contradicts the saved run, or two flags contradict each other.
+    """
+    if saved is not None:
+        differ = [
+            f"--{name.replace('_', '-')} {value} (saved: {saved[name]})"
+            for name, value in given.items()
+            if name in saved and name not in MAY_CHANGE and value != saved[name]
+        ]
+        if differ:
+            raise utils.RunError("the run being restored has other settings: " + ", ".join(differ))
+        # The clock of --max-hours starts anew with every process.
+        kept = {k: v for k, v in saved.items() if k != "max_hours"}
+        config = Config(**{**kept, **given})
+    else:
+        config = Config(**given)
+        on_gpu = pick_device(config.device).type == "cuda"
+        if config.preset == "auto":
+            config.preset = "full" if on_gpu else "small"
+        for name, value in {**PRESETS[config.preset], **ALGORITHMS[config.algo]}.items():
+            if name not in given:
+                setattr(config, name, value)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work together, before anything is written."""
+    longest = math.ceil(config.time_limit / config.action_repeat) + 1
+    if config.train_seq_len > longest:
+        raise utils.RunError(
+            f"--train-seq-len {config.train_seq_len}: an episode of --time-limit "
+            f"{config.time_limit} and --action-repeat {config.action_repeat} has {longest} rows"
+        )
+    if config.precision == "fp16" and pick_device(config.device).type == "cpu":
+        raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
+
+
+# ----------------------------------------------------------------------------------------- losses
+# Pure functions: tensors in, tensors out. Equations are numbered as in the v1 paper, section 3.
+
+
+def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
+    """The KL term of the model's loss and the mean KL itself, in nats.
+
+    Without balance (v1 code): max(mean KL(post || prior), free nats): first the mean over all
+    states, then the maximum. With it (v2, equation 3 and algorithm 2):
+    a KL(sg(post) || prior) + (1 - a) KL(post || sg(prior)), each mean bounded below by the free
+    nats: the value of the KL is the same, and its gradients reach the prior and the posterior
+    with weights a and 1 - a.
+    """
+    divergence = kl_divergence(post.mean, post.std, prior.mean, prior.std).mean()
+    if balance is None:
+        return divergence.clamp(min=free_nats), divergence
+    to_prior = kl_divergence(post.mean.detach(), post.std.detach(), prior.mean, prior.std).mean()
+    to_post = kl_divergence(post.mean, post.std, prior.mean.detach(), prior.std.detach()).mean()
+    loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_post.clamp(min=free_nats)
+    return loss, divergence
+
+
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """V_k = r_k + y_k ((1 - l) v_{k+1} + l V_{k+1}), V_H = v_H, for k = 1 ... H-1 (equation 6).
+
+    `reward`, `value`, `discount`: (H, ...), of the imagined states 1 ... H. Returns (H-1, ...).
+    """
+    target = value[-1]
+    targets = []
+    for k in reversed(range(len(reward) - 1)):
+        target = reward[k] + discount[k] * ((1 - lambda_) * value[k + 1] + lambda_ * target)
+        targets.append(target)
+    return torch.stack(targets[::-1])
+
+
+def discount_weight(discount: Tensor) -> Tensor:
+    """w_k = y_1 ... y_{k-1}, w_1 = 1: how likely step k is still reached. (H, ...) to (H-1, ...).
+
+    Gradients are stopped.
+    """
+    ones = torch.ones_like(discount[:1])
+    return torch.cat([ones, discount[:-2]]).cumprod(0).detach()
+
+
+def actor_loss(target: Tensor, weight: Tensor) -> Tensor:
+    """-mean(w V): the actor climbs the returns' own gradient (equation 7). (H-1, N) each."""
+    return -(weight * target).mean()
+
+
+def value_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
+    """-mean(w ln N(sg(V); v, 1)): the value regresses on the returns (equation 8). (H-1, N)."""
+    return -(weight * log_prob).mean()
+
+
+# ------------------------------------------------------------------------------------------ agent
+
+
+@contextmanager
+def frozen(*modules: nn.Module):
+    """Inside, the modules' weights are constants: what is computed keeps no graph to them."""
+    weights = [p for module in modules for p in module.parameters()]
+    for p in weights:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
+
+
+class Dreamer(nn.Module):
+    """World model, actor and value, their optimizers, and the gradient step.
+
+    Args:
+        config: a resolved configuration.
+        actions: action dimensions of the task.
+        device: where everything lies.
+    """
+
+    def __init__(self, config: Config, actions: int, device: torch.device):
+        super().__init__()
+        c = self.config = config
+        self.actions, self.device = actions, device
+        features = c.stoch_size + c.deter_size
+        world = {
+            "encoder": ConvEncoder(c.cnn_depth),
+            "rssm": RSSM(actions, 32 * c.cnn_depth, c.stoch_size, c.deter_size, c.hidden_size),
+            "decoder": ConvDecoder(features, c.cnn_depth),
+            "reward": DenseDecoder(features, 2, c.num_units),
+        }
+        if c.use_disc_model:
+            world["discount"] = DenseDecoder(features, 3, c.num_units, binary=True)
+        self.world = nn.ModuleDict(world)
+        self.actor = ActionDecoder(features, actions, 4, c.num_units, c.actor_init_std)
+        self.value = DenseDecoder(features, 3, c.num_units)
+        self.apply(init_as_keras)
+        self.to(device=device, memory_format=torch.channels_last)
+        # Ordinary attributes: an optimizer is no module, and `state` below saves all of them.
+        rates = {
+            "world": c.model_learning_rate,
+            "actor": c.actor_learning_rate,
+            "value": c.value_learning_rate,
+        }
+        self.optimizers = {
+            name: torch.optim.Adam(
+                getattr(self, name).parameters(), lr, eps=c.adam_epsilon, fused=True
+            )
+            for name, lr in rates.items()
+        }
+        self.half = self._half_type()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
+
+    def _half_type(self) -> torch.dtype | None:
+        choice = self.config.precision
+        if choice == "auto":
+            if self.device.type != "cuda":
+                return None
+            sm80 = torch.cuda.get_device_capability(self.device) >= (8, 0)
+            choice = "bf16" if sm80 else "fp16"
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+
+    def autocast(self):
+        """The context of every forward pass: half precision where it was chosen."""
+        if self.half is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.half)
+
+    # ------------------------------------------------------------------------- acting
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """Bytes to floats in [-0.5, 0.5]."""
+        return image.to(self.dtype) / 255 - 0.5
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.actor.net[0].weight.dtype
+
+    @torch.no_grad()
+    def act(self, image: Tensor, state: State, action: Tensor, explore: bool):
+        """The next actions of N environments, (N, A), and the state that they were chosen in.
+
+        `image` (N, 64, 64, 3) uint8 is what `action` (N, A) led to from `state`. With `explore` a
+        sample plus noise, clipped to [-1, 1]; without it the mode of the policy.
+        """
+        with self.autocast():
+            embed = self.world.encoder(self.pixels(image))
+            state = self.world.rssm.obs_step(state, action, embed)
+            policy = self.actor(state.feature)
+            if not explore:
+                return policy.mode(), state
+            action = policy.rsample()
+            noise = self.config.action_noise * torch.randn_like(action)
+            return (action + noise).clamp(-1, 1), state
+
+    @torch.no_grad()
+    def dream(self, image: Tensor, action: Tensor, context: int = 5):
+        """Open-loop prediction: `context` frames are seen, the rest imagined from the actions.
+
+        `image` (T, B, 64, 64, 3) uint8, `action` (T, B, A), rows as in the replay. Returns frames
+        (T, B, 64, 64, 3) in [0, 1], the first `context` reconstructed, and rewards (T, B).
+        """
+        rssm = self.world.rssm
+        with self.autocast():
+            embed = self.world.encoder(self.pixels(image[:context]))
+            post, _ = rssm.observe(embed, action[:context], rssm.initial(image.shape[1]))
+            state, features = post.map(lambda x: x[-1]), [post.feature]
+            for t in range(context, len(action)):
+                state = rssm.img_step(state, action[t])
+                features.append(state.feature[None])
+            features = torch.cat(features)
+            return self.world.decoder(features).mean + 0.5, self.world.reward(features).mean
+
+    # ------------------------------------------------------------------ gradient step
+
+    def model_loss(self, batch: dict):
+        """Loss of the world model on a batch (equation 10), its posterior, and metrics.
+
+        E[-ln p(image)] + E[-ln p(reward)] + kl-scale KL (+ coefficient E[-ln p(continuation)]).
+        """
+        # rows     (action, reward, image) of row t: what the action led to
+        # states   [0] -> z_0 -> z_1 -> ... -> z_{T-1}, z_t from action_t and image_t
+        # read off image_t, reward_t, continuation_t from z_t
+        c, world = self.config, self.world
+        image = self.pixels(batch["image"])
+        state = world.rssm.initial(image.shape[1])
+        post, prior = world.rssm.observe(world.encoder(image), batch["action"], state)
+        feature = post.feature
+        terms = {
+            "image": -world.decoder(feature).log_prob(image).mean(),
+            "reward": -world.reward(feature).log_prob(batch["reward"]).mean(),
+        }
+        kl_term, kl = kl_loss(post, prior, c.free_nats, c.kl_balance)
+        loss = terms["image"] + terms["reward"] + c.kl_scale * kl_term
+        if c.use_disc_model:
+            target = c.discount * batch["discount"]
+            terms["continuation"] = -world.discount(feature).log_prob(target).mean()
+            loss = loss + c.disc_loss_coeff * terms["continuation"]
+        metrics = {f"loss/{name}": term for name, term in terms.items()}
+        metrics["kl"] = kl
+        metrics["entropy/prior"] = normal_entropy(prior.std)
+        metrics["entropy/posterior"] = normal_entropy(post.std)
+        return loss, post, metrics
+
+    def imagine(self, start: State):
+        """Features (H, N, F) of the imagined states 1 ... H, and metrics of the policy.
+
+        The actor sees features without gradients; its actions carry them into the next state.
+        """
+        state, features, policies, actions = start, [], [], []
+        for _ in range(self.config.imagine_horizon):
+            policy = self.actor(state.feature.detach())
+            action = policy.rsample()
+            state = self.world.rssm.img_step(state, action)
+            features.append(state.feature)
+            policies.append(policy)
+            actions.append(action)
+        with torch.no_grad():
+            log_prob = torch.stack([p.log_prob(a) for p, a in zip(policies, actions)])
+            metrics = {
+                "entropy/policy": -log_prob.mean(),
+                "policy/saturated": (torch.stack(actions).abs() > 0.99).to(self.dtype).mean(),
+                "policy/std": torch.stack([p.std for p in policies]).mean(),
+            }
+        return torch.stack(features), metrics
+
+    def behaviour_losses(self, post: State):
+        """Losses of the actor and of the value in imagination from every posterior, and metrics.
+
+        Both read the same pass of the value network: the gradient step takes from each loss only
+        the gradients of the network that it trains, which is what stopping gradients amounts to.
+        """
+        # state     z0 --a0--> z1 --a1--> z2 ... --a_{H-1}--> z_H     z0: posteriors
+        # read off             r_1 v_1 y_1  r_2 v_2 y_2  ...  r_H v_H y_H
+        # targets              V_1          V_2          ...  V_H = v_H
+        # weights              1            y_1          ...
+        c = self.config
+        if c.use_disc_model:  # the last step may be terminal: nothing starts there
+            post = post.map(lambda x: x[:-1])
+        start = post.map(lambda x: x.detach().flatten(0, 1))
+        with frozen(self.world):
+            feature, metrics = self.imagine(start)
+            reward = self.world.reward(feature).mean
+            if c.use_disc_model:
+                discount = self.world.discount(feature).mean
+            else:
+                discount = torch.full_like(reward, c.discount)
+        value = self.value(feature)
+        target = lambda_return(reward, value.mean, discount, c.td_lambda)
+        weight = discount_weight(discount)
+        value_log_prob = value.log_prob(
+            torch.cat([target, value.mean[-1:]]).detach()  # the last is its own target: dropped
+        )[:-1]
+        losses = {
+            "value": value_loss(value_log_prob, weight),
+            "actor": actor_loss(target, weight),
+        }
+        metrics["value/mean"] = value.mean.mean()
+        metrics["value/error"] = (target - value.mean[:-1]).abs().mean()
+        metrics["reward/imagined"] = reward.mean()
+        return losses, metrics
+
+    def update(self, batch: dict) -> dict:
+        """One gradient step on a batch (T, B, ...) that lies on the device.
+
+        Three losses, three optimizers; every gradient is taken at the old weights. Returns
+        scalar tensors by name, still on the device: nothing here waits for it.
+        """
+        with self.autocast():
+            loss, post, metrics = self.model_loss(batch)
+        self._backward("world", loss, metrics)
+        with self.autocast():
+            losses, more = self.behaviour_losses(post)
+        metrics.update(more)
+        # The actor's graph runs through the value's: the value's gradient comes first, keeps it.
+        self._backward("value", losses["value"], metrics, retain_graph=True)
+        self._backward("actor", losses["actor"], metrics)
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _backward(self, name: str, loss: Tensor, metrics: dict, retain_graph=False) -> None:
+        """The clipped gradient of `loss` for the network `name`, and for no other."""
+        optimizer, weights = self.optimizers[name], list(getattr(self, name).parameters())
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward(inputs=weights, retain_graph=retain_graph)
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip_norm)
+        metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
+
+    # --------------------------------------------------------------------------- state
+
+    def state(self) -> dict:
+        """All that training changes: every network, every optimizer, the loss scaler."""
+        return {
+            "networks": self.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Undoes `state`."""
+        self.load_state_dict(state["networks"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def normal_entropy(std: Tensor) -> Tensor:
+    """Mean entropy in nats of diagonal Normals, summed over the last axis of `std`."""
+    return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+
+
+# ------------------------------------------------------------------------- acting in environments
+
+
+def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSignal) -> dict:
+    """One whole episode as arrays, rows as in the replay; random actions without an agent.
+
+    The environment and its action space are seeded with `seed`, so the episode depends on that,
+    on the agent and on torch's generator alone. If a stop comes in between, nothing was drawn.
+    """
+    before = utils.random_state()
+    frame, _ = env.reset(seed=seed)
+    env.action_space.seed(seed)
+    action = np.zeros(env.action_space.shape, np.float32)
+    rows, frames = [(frame, action, 0.0, 1.0)], 0
+    policy = agent and Policy(agent, 1, explore=True)
+    over = False
+    try:
+        while not over:
+            stop.check()
+            action = policy(frame[None])[0] if policy else env.action_space.sample()
+            frame, reward, terminated, truncated, info = env.step(action)
+            rows.append((frame, action, reward, 0.0 if terminated else 1.0))
+            frames += info["frames"]
+            over = terminated or truncated
+    except utils.Stopped:
+        utils.set_random_state(before)
+        raise
+    types = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32}
+    columns = zip(types.items(), zip(*rows))
+    return {key: np.asarray(values, dtype) for (key, dtype), values in columns} | {"frames": frames}
+
+
+class Policy:
+    """Acts in N environments at once and remembers their states.
+
+    Called with images (N, 64, 64, 3) uint8 of consecutive steps; returns actions (N, A) float32.
+    """
+
+    def __init__(self, agent: Dreamer, n: int, explore: bool):
+        self.agent, self.explore = agent, explore
+        self.state = agent.world.rssm.initial(n)
+        self.action = self.state.stoch.new_zeros(n, agent.actions)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(image).to(self.agent.device)
+        self.action, self.state = self.agent.act(image, self.state, self.action, self.explore)
+        return self.action.cpu().numpy()
+
+
+def evaluate(agent: Dreamer, task: str, config: Config, episodes: int, stop) -> list[dict]:
+    """Plays `episodes` episodes with the policy's mode, all in lockstep, and returns them.
+
+    Nothing that training uses is touched: the environments are others, seeded otherwise, and the
+    generators are put back. The same weights give the same episodes.
+    """
+    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(episodes)]
+    envs = [make_env(task, config, seed=config.seed) for _ in seeds]
+    try:
+        with utils.isolated_random(seeds[0]):
+            frames = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+            rows = [[(frame, np.zeros(agent.actions, np.float32), 0.0)] for frame in frames]
+            over = [False] * episodes
+            policy = Policy(agent, episodes, explore=False)
+            while not all(over):
+                stop.check()
+                actions = policy(np.stack(frames))
+                for i, env in enumerate(envs):
+                    if not over[i]:
+                        frames[i], reward, terminated, truncated, _ = env.step(actions[i])
+                        rows[i].append((frames[i], actions[i], reward))
+                        over[i] = terminated or truncated
+    finally:
+        for env in envs:
+            env.close()
+    return [
+        {"seed": seed, "return": float(sum(r for *_, r in episode)),
+         "image": np.stack([x for x, *_ in episode]),
+         "action": np.stack([a for _, a, _ in episode]),
+         "reward": np.array([r for *_, r in episode], np.float32)}
+        for seed, episode in zip(seeds, rows)
+    ]  # fmt: skip
+
+
+def make_env(task: str, config: Config, seed: int, render_mode=None):
+    """The environment of a run: its action repeat, its time limit."""
+    return env_wrapper.make_env(task, seed, config.action_repeat, config.time_limit, render_mode)
+
+
+# Streams of random numbers that a run draws from; see `utils.stream_seed`.
+TRAINING, EVALUATION, REPLAY = range(3)
+
+
+def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.ndarray:
+    """Truth, open-loop prediction and error below each other, an episode a column.
+
+    `episodes` hold `image` and `action`; the first five frames are context. Returns
+    (T, 3 * 64, 64 * episodes, 3) uint8.
+    """
+    length = min(length, *(len(e["image"]) for e in episodes))
+    image = np.stack([e["image"][:length] for e in episodes], 1)
+    action = np.stack([e["action"][:length] for e in episodes], 1)
+    with utils.isolated_random(0):
+        model, _ = agent.dream(
+            torch.from_numpy(image).to(agent.device), torch.from_numpy(action).to(agent.device)
+        )
+    truth, model = image / 255, model.float().cpu().numpy()
+    error = (model - truth + 1) / 2
+    rows = np.concatenate([truth, model, error], 2)  # (T, B, 3 * 64, 64, 3)
+    return utils.to_uint8(np.concatenate(list(rows.swapaxes(0, 1)), 2))
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the networks and the replay, all that its future depends on."""
+
+    step: int = 0  # environment frames
+    episodes: int = 0
+    updates: int = 0  # gradient steps
+    updates_left: int = 0  # of this iteration
+    iteration_end: int = 0  # frames at which this iteration has collected enough
+    last_return: float = math.nan
+    best_return: float = -math.inf
+    best_step: int = -1
+    seconds: float = 0.0  # of all processes of this run
+
+
+class Trainer:
+    """A run: prefill, then iterations of gradient steps, collection, and what is due after them.
+
+    Every method is one unit of work, and between two units the run can be saved exactly; that
+    holds for the middle of an iteration too.
+    """
+
+    def __init__(self, config: Config, folder: Path, stop: utils.StopSignal):
+        self.config, self.folder, self.stop = config, folder, stop
+        self.device = pick_device(config.device)
+        utils.seed_everything(config.seed)
+        self.env = make_env(config.env, config, seed=config.seed)
+        actions = self.env.action_space.shape[0]
+        self.agent = Dreamer(config, actions, self.device)
+        self.replay = self._make_replay(actions)
+        self.progress = Progress(iteration_end=config.seed_steps)
+        self.every = {
+            "evaluation": utils.Every(config.eval_interval),
+            "video": utils.Every(config.video_interval),
+            "checkpoint": utils.Every(config.checkpoint_interval),
+        }
+        self.metrics = utils.MeanMetrics()
+        self.times = {"sample": 0.0, "update": 0.0}
+        self.losses = []  # of this iteration's gradient steps, not yet looked at
+        self.names = []  # files of the episodes seen, oldest first
+        self.files = None  # sizes of the log files at the checkpoint that is restored
+        self.text = ""  # the last losses, for the bar
+
+    def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
+        c = self.config
+        # As much as the run can fill: an episode has one row more than it has actions.
+        episode = math.ceil(c.time_limit / c.action_repeat) + 1
+        needed = (c.total_steps + c.seed_steps) // c.action_repeat
+        needed += episode * (2 + needed // (episode - 1))
+        budget = c.buffer_gb or utils.free_memory_gb() / 2
+        rows = min(needed, replay_buffer.ReplayBuffer.rows_for(budget, actions))
+        return replay_buffer.ReplayBuffer(rows, actions)
+
+    # ----------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Trains until `total_steps`; whatever ends it early leaves an exact checkpoint."""
+        p, started = self.progress, time.monotonic() - self.progress.seconds
+        if self.config.total_steps <= p.step < p.iteration_end:
+            print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
+            return
+        self.logger = utils.Logger(self.folder, self.files)
+        self.bar = utils.ProgressBar(self.config.total_steps, p.step)
+        try:
+            finished = False
+            while not finished:
+                self.stop.check()
+                if p.updates_left:
+                    self.gradient_step()
+                elif p.step < p.iteration_end:
+                    self.collect()
+                else:
+                    p.seconds = time.monotonic() - started
+                    finished = self.end_iteration()
+        except utils.Stopped:
+            p.seconds = time.monotonic() - started
+            self.save()
+            raise
+        finally:
+            self.bar.close()
+            self.logger.close()
+
+    def gradient_step(self) -> None:
+        """One gradient step, on the batch that its number names; metrics at the last one."""
+        p = self.progress
+        start = time.monotonic()
+        batch = self.batch(p.updates)
+        sampled = time.monotonic()
+        metrics = self.agent.update(batch)
+        self.metrics.add(metrics)
+        self.losses.append(torch.stack([metrics[f"loss/{n}"] for n in self.agent.optimizers]))
+        p.updates += 1
+        p.updates_left -= 1
+        # note: reading the losses waits for the device, so CUDA is asked once in 25 steps
+        if self.device.type == "cpu" or p.updates_left % 25 == 0:
+            self.check_losses()
+        self.times["sample"] += sampled - start
+        self.times["update"] += time.monotonic() - sampled
+        if not p.updates_left:
+            n = self.metrics.count
+            values = self.metrics.pop()
+            values["time/sample_ms"] = 1000 * self.times["sample"] / n
+            values["time/update_ms"] = 1000 * self.times["update"] / n
+            self.times = dict.fromkeys(self.times, 0.0)
+            self.logger.scalars(p.step, values)
+            names = ("image", "reward", "actor", "value")
+            self.text = "  ".join(f"{name} {values['loss/' + name]:.4g}" for name in names)
+        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.text}")
+
+    def batch(self, number: int) -> dict:
+        """The batch of gradient step `number`, on the device; uint8 frames."""
+        c = self.config
+        seed = (c.seed, REPLAY, number)
+        batch = self.replay.sample(c.batch_size, c.train_seq_len, seed)
+        return {
+            key: torch.from_numpy(value).to(self.device, None if key == "image" else self.agent.dtype)
+            for key, value in batch.items()
+        }
+
+    def check_losses(self) -> None:
+        """Stops the run at the first loss that is not finite; the batch is saved.
+
+        Raises:
+            utils.RunError: naming the gradient step and the loss.
+        """
+        finite = torch.stack(self.losses).isfinite().cpu()
+        first, self.losses = self.progress.updates - len(self.losses), []
+        if finite.all():
+            return
+        offset = int((~finite.all(1)).nonzero()[0])
+        number = first + offset
+        wrong = [n for n, ok in zip(self.agent.optimizers, finite[offset]) if not ok]
+        path = self.folder / f"batch-{number}.npz"
+        with utils.atomic_file(path) as file:
+            np.savez_compressed(file, **{k: v.cpu().numpy() for k, v in self.batch(number).items()})
+        raise utils.RunError(
+            f"gradient step {number}: the loss of the {' and the '.join(wrong)} is not finite; "
+            f"its batch is {path}, the last checkpoint is still good"
+        )
+
+    def collect(self) -> None:
+        """One episode into the replay: of random actions until `seed_steps`."""
+        c, p = self.config, self.progress
+        start = time.monotonic()
+        seed = utils.stream_seed(c.seed, TRAINING, p.episodes)
+        agent = self.agent if p.step >= c.seed_steps else None
+        episode = collect_episode(self.env, agent, seed, self.stop)
+        frames = episode.pop("frames")
+        self.names.append(replay_buffer.save_episode(self.folder / "episodes", episode))
+        self.replay.add(episode)
+        p.step += frames
+        p.episodes += 1
+        p.last_return = float(episode["reward"].sum())
+        seconds = time.monotonic() - start
+        self.logger.scalars(
+            p.step,
+            {
+                "train/return": p.last_return,
+                "train/length": len(episode["reward"]) - 1,
+                "replay/episodes": len(self.replay),
+                "replay/gigabytes": self.replay.gigabytes,
+                "time/collect_fps": frames / seconds,
+            },
+        )
+        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.text}")
+
+    def end_iteration(self) -> bool:
+        """Evaluation, video and checkpoint where due; true if the run is complete."""
+        c, p = self.config, self.progress
+        last = p.step >= c.total_steps
+        best = False
+        if last or self.every["evaluation"].due(p.step):
+            best = self.evaluate()
+        first = p.updates == 0
+        p.updates_left = c.pretrain_steps if first else c.update_steps
+        p.iteration_end = p.step + c.collect_steps
+        self.logger.scalars(p.step, {"time/hours": p.seconds / 3600, "train/updates": p.updates})
+        if last or best or self.every["checkpoint"].due(p.step):
+            self.every["checkpoint"].fired(p.step)
+            self.save()
+        return last
+
+    def evaluate(self) -> bool:
+        """Evaluates, with videos where due; true if this was the best evaluation so far."""
+        c, p = self.config, self.progress
+        episodes = evaluate(self.agent, c.env, c, c.eval_episodes, self.stop)
+        returns = [e["return"] for e in episodes]
+        mean = float(np.mean(returns))
+        self.logger.scalars(
+            p.step,
+            {
+                "eval/return_mean": mean,
+                "eval/return_std": float(np.std(returns)),
+                "eval/return_min": min(returns),
+                "eval/return_max": max(returns),
+            },
+        )
+        self.bar.write(
+            f"{p.step} frames: evaluation {mean:.1f} ± {np.std(returns):.1f} "
+            f"({c.eval_episodes} episodes, {min(returns):.0f} to {max(returns):.0f})"
+        )
+        self.every["evaluation"].fired(p.step)
+        if self.every["video"].due(p.step):
+            self.every["video"].fired(p.step)
+            fps = 50 / c.action_repeat
+            self.logger.video(p.step, "evaluation", episodes[0]["image"][:250], fps)
+            self.logger.video(p.step, "open_loop", dream_video(self.agent, episodes[:4]), 10)
+        if mean > p.best_return:
+            p.best_return, p.best_step = mean, p.step
+            return True
+        return False
+
+    # ------------------------------------------------------------ saving, going on
+
+    def save(self) -> None:
+        """Writes a checkpoint and removes those that are no longer kept."""
+        folder = self.folder / "checkpoints"
+        state = {
+            "config": asdict(self.config),
+            "actions": self.agent.actions,
+            "agent": self.agent.state(),
+            "progress": asdict(self.progress),
+            "every": {name: trigger.last for name, trigger in self.every.items()},
+            "metrics": self.metrics.state_dict(),
+            "random": utils.random_state(),
+            "episodes": self.names,
+            "files": self.logger.state_dict(),
+        }
+        utils.save_checkpoint(folder / f"{self.progress.step}.pt", state)
+        utils.prune_checkpoints(folder, keep=3, best=self.progress.best_step)
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a checkpoint: fills the replay from the run's episodes.
+
+        A damaged episode is moved to `episodes/damaged/` and named. Episodes newer than the
+        checkpoint are removed: they will be collected again, the same.
+
+        Raises:
+            utils.RunError: the checkpoint is of another task's shape, or no episode is left.
+        """
+        load_agent(self.agent, state)
+        self.progress = Progress(**state["progress"])
+        for name, last in state["every"].items():
+            self.every[name].last = last
+        self.metrics.load_state_dict(state["metrics"])
+        self.files = state["files"]
+        folder = self.folder / "episodes"
+        for path in set(folder.glob("*.npz")) - {folder / name for name in state["episodes"]}:
+            path.unlink()
+        for name in state["episodes"]:
+            try:
+                self.replay.add(replay_buffer.load_episode(folder / name, self.agent.actions))
+                self.names.append(name)
+            except replay_buffer.DamagedEpisode as error:
+                damaged = folder / "damaged"
+                damaged.mkdir(exist_ok=True)
+                if (folder / name).exists():
+                    (folder / name).replace(damaged / name)
+                print(f"damaged episode, moved to {damaged}: {name}: {error}")
+        if state["episodes"] and not len(self.replay):
+            raise utils.RunError(f"no episode of {folder} can be read")
+        utils.set_random_state(state["random"])
+
+
+def load_agent(agent: Dreamer, state: dict) -> None:
+    """Loads a checkpoint into an agent.
+
+    Raises:
+        utils.RunError: it is of another task's shape, or of other sizes.
+    """
+    if state["actions"] != agent.actions:
+        raise utils.RunError(
+            f"the checkpoint is of a task with {state['actions']} action dimensions "
+            f"({state['config']['env']}); this one has {agent.actions}"
+        )
+    agent.load_state(state["agent"])
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: modes, then the fields of `Config` by group."""
+    parser = Parser(
+        description="Dreamer v1 and v2 on the DeepMind Control Suite, from pixels.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=98),
+    )
+    modes = parser.add_argument_group("modes")
+    modes.add_argument("--train", action="store_true", help="train a run")
+    modes.add_argument("--evaluate", action="store_true", help="play episodes, write GIFs and JSON")
+    modes.add_argument("--restore", action="store_true", help="go on with the run, or evaluate it")
+    modes.add_argument("--checkpoint-path", metavar="PATH", help="restore this checkpoint")
+    groups = {}
+    for f in fields(Config):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, None) or parser.add_argument_group(name)
+        groups[name] = group
+        options = {"help": f.metadata["help"] + default_text(f), "dest": f.name}
+        if f.type is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = f.metadata.get("type", type(f.default))
+            options["choices"] = f.metadata.get("choices")
+            options["metavar"] = None if options["choices"] else "X"
+        group.add_argument("--" + f.name.replace("_", "-"), *f.metadata["aliases"], **options)
+    groups["run"].add_argument(
+        "--no-gpu", action="store_const", const="cpu", dest="device", help="the same as --device cpu"
+    )
+    return parser
+
+
+def default_text(f) -> str:
+    """The default of a field, as --help shows it; two where the presets or algorithms differ."""
+    tables = {**PRESETS, **ALGORITHMS}
+    values = {name: table[f.name] for name, table in tables.items() if f.name in table}
+    if values:
+        return " (" + ", ".join(f"{name}: {value}" for name, value in values.items()) + ")"
+    return "" if f.default is None or f.type is bool else f" ({f.default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage of fifty flags."""
+
+    def error(self, message: str):
+        self.exit(2, f"dreamer.py: error: {message} (see --help)\n")
+
+
+def parse(argv: list[str]) -> tuple[dict, dict]:
+    """Modes, and the fields of `Config` that were given. Flags take `-` and `_` alike."""
+
+    def dashes(word):
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+    given = vars(make_parser().parse_args([dashes(word) for word in argv]))
+    if "algo" in given:
+        names = {name.lower(): name for name in ALGORITHMS}
+        if given["algo"].lower() not in names:
+            raise utils.RunError(f"--algo {given['algo']}: choose from {', '.join(ALGORITHMS)}")
+        given["algo"] = names[given["algo"].lower()]
+    if "env" in given:
+        given["env"] = env_wrapper.canonical_name(given["env"])
+    settings = {f.name for f in fields(Config)}
+    modes = {name: value for name, value in given.items() if name not in settings}
+    return modes, {name: value for name, value in given.items() if name in settings}
+
+
+def run_folder(config: Config) -> Path:
+    """`<logdir>/<env>/<algo>/<exp>/<seed>`."""
+    return Path(config.logdir) / config.env / config.algo / config.exp / str(config.seed)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    found = utils.checkpoints(folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def train_command(modes: dict, given: dict) -> None:
+    """--train, with or without --restore."""
+    folder = run_folder(Config(**given))
+    settings = folder / "config.json"
+    if settings.exists() and not modes.get("restore"):
+        raise utils.RunError(
+            f"the run {folder} exists: --restore goes on with it, --exp NAME starts another"
+        )
+    if modes.get("restore") and not settings.exists():
+        raise utils.RunError(f"no run to restore at {folder}")
+    saved = json.loads(settings.read_text()) if settings.exists() else None
+    config = resolve(given, saved)
+    for name in ("episodes", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        utils.clear_temporaries(folder / name)
+    with utils.run_lock(folder), utils.StopSignal(config.max_hours) as stop:
+        utils.write_json(settings, asdict(config))
+        describe(config, folder)
+        trainer = Trainer(config, folder, stop)
+        print(f"replay: up to {trainer.replay.capacity} frames", flush=True)
+        if modes.get("restore"):
+            path = modes.get("checkpoint_path") or newest_checkpoint(folder)
+            if path:
+                trainer.restore(utils.load_checkpoint(Path(path)))
+                print(f"going on from {path}", flush=True)
+        trainer.run()
+
+
+def describe(config: Config, folder: Path) -> None:
+    """Prints the resolved settings, so that a log says what was run."""
+    device = pick_device(config.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"run {folder} on {name}, preset {config.preset}")
+    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        modes, given = parse(sys.argv[1:] if argv is None else argv)
+        torch.set_flush_denormal(True)
+        if modes.get("train"):
+            train_command(modes, given)
+        else:
+            raise utils.RunError("nothing to do: give --train, --evaluate or --benchmark")
+    except utils.Stopped as stopped:
+        print(f"stopped by {stopped}; --train --restore goes on from here")
+        return stopped.code
+    except USER_ERRORS as error:
+        print(f"dreamer.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# What a user can mend: one line each, exit code 2.
+USER_ERRORS = (
+    utils.RunError,
+    env_wrapper.UnknownTask,
+    env_wrapper.NoRenderer,
+    replay_buffer.ReplayError,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The DeepMind Control Suite from pixels, behind the Gymnasium API.
+
+    env = make_env("cartpole-balance", seed=1)
+    obs, info = env.reset(seed=7)            # (64, 64, 3) uint8
+    obs, reward, terminated, truncated, info = env.step(action)      # action in [-1, 1]
+
+dm_control is imported when the first environment is made, because the GL back-end can only be
+chosen before that.
+"""
+
+import difflib
+import os
+import subprocess
+import sys
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
+
+SIZE = 64  # pixels of an observation, height and width
+ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}  # short names in common use
+
+
+class UnknownTask(ValueError):
+    """The suite has no task of that name."""
+
+
+class NoRenderer(RuntimeError):
+    """No GL back-end can make a context."""
+
+
+_PROBE = "import mujoco; mujoco.GLContext(64, 64).make_current()"
+_NO_RENDERER = (
+    "no OpenGL back-end can render here: neither EGL nor OSMesa makes a context.\n"
+    "On Debian, Ubuntu and Colab: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
+)
+
+
+def choose_gl() -> str | None:
+    """Chooses how MuJoCo renders, before anything imports dm_control.
+
+    A `MUJOCO_GL` that the user set is respected, and so is a display. On Linux without one, EGL
+    and then OSMesa are tried, each by making a real context in a process of its own (a failed
+    attempt would bind PyOpenGL to the wrong platform). Sets and returns `MUJOCO_GL`.
+
+    Raises:
+        NoRenderer: no back-end works; the message is two lines, the second the way out.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if chosen or has_display or not sys.platform.startswith("linux"):
+        return chosen
+    for backend in ("egl", "osmesa"):
+        command = [sys.executable, "-c", _PROBE]
+        environment = {**os.environ, "MUJOCO_GL": backend}
+        try:
+            probe = subprocess.run(
+                command, env=environment, capture_output=True, timeout=60, check=False
+            )
+        except subprocess.TimeoutExpired:
+            continue
+        if probe.returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+            return backend
+    raise NoRenderer(_NO_RENDERER)
+
+
+def _suite():
+    choose_gl()
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # one deprecation warning a task otherwise
+    from dm_control import suite
+
+    return suite
+
+
+def parse_task(name: str) -> tuple[str, str]:
+    """Domain and task of `name`: "walker-walk", "walker_walk", "ball_in_cup-catch", "cup-catch".
+
+    Raises:
+        UnknownTask: with the closest names that exist.
+    """
+    tasks = {f"{domain}_{task}": (domain, task) for domain, task in _suite().ALL_TASKS}
+    key = name.strip().lower().replace("-", "_")
+    for short, domain in ALIASES.items():
+        if key.startswith(short + "_"):
+            key = domain + key[len(short) :]
+    if key in tasks:
+        return tasks[key]
+    names = {"-".join(pair): None for pair in tasks.values()}
+    close = difflib.get_close_matches(key.replace("_", "-"), names, n=3, cutoff=0.4)
+    hint = f"; the closest: {', '.join(close)}" if close else ""
+    raise UnknownTask(f"the Control Suite has no task {name!r}{hint}")
+
+
+def canonical_name(name: str) -> str:
+    """The one spelling of a task under which its runs are kept: "domain-task".
+
+    Raises:
+        UnknownTask: as `parse_task`.
+    """
+    return "-".join(parse_task(name))
+
+
+class ControlSuite(gym.Env):
+    """One task of the suite; an action is held for `action_repeat` frames.
+
+    Rewards are summed over the frames of an action, and only the last frame is rendered. After
+    `time_limit` frames the episode is truncated, which is not its end in the task's own sense:
+    `terminated` is true only where the task itself ended, with discount 0. `info["frames"]` is
+    how many frames a step took: fewer than `action_repeat` where an episode ends in between.
+
+    The state of the random number generator is set afresh by `reset(seed=...)`, so that an
+    episode depends on its seed alone.
+
+    Args:
+        task: any spelling that `parse_task` takes.
+        seed: of the task's construction (few tasks draw their physics there) and of resets
+            that name no seed.
+        render_mode: "rgb_array" lets `render` return a picture of `render_size` pixels, beside
+            the agent's observation.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 50}
+
+    def __init__(self, task, seed=None, action_repeat=2, time_limit=1000, render_mode=None,
+                 render_size=256):  # fmt: skip
+        domain, name = parse_task(task)
+        # The time limit is ours alone, in frames: the suite's own is in simulated seconds.
+        options = {"random": seed, "time_limit": float("inf")}
+        self._env = _suite().load(domain, name, task_kwargs=options)
+        self.action_repeat, self.time_limit = action_repeat, time_limit
+        self.render_mode, self.render_size = render_mode, render_size
+        self._camera = 2 if domain == "quadruped" else 0
+        self._frames = 0
+        self._cheap_rendering()
+        spec = self._env.action_spec()
+        shape = spec.shape
+        low = np.broadcast_to(spec.minimum, shape).astype(np.float32)
+        high = np.broadcast_to(spec.maximum, shape).astype(np.float32)
+        self.action_space = gym.spaces.Box(low, high, dtype=np.float32)
+        self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
+
+    def _cheap_rendering(self) -> None:
+        """Settings that halve the time on software GL and change no pixel by more than a few.
+
+        They must be set before the first context is made; some tasks build their physics anew in
+        `reset`, and then this is called again.
+        """
+        visual = self._env.physics.model.vis
+        size = max(SIZE, self.render_size if self.render_mode else 0)
+        visual.global_.offwidth = visual.global_.offheight = size
+        visual.quality.shadowsize = min(1024, visual.quality.shadowsize)
+
+    def _observation(self) -> np.ndarray:
+        # dm_control hands out a view that is upside down; PyTorch takes no negative strides.
+        return np.ascontiguousarray(self._env.physics.render(SIZE, SIZE, camera_id=self._camera))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        physics = self._env.physics
+        self._env.reset()
+        if self._env.physics is not physics:
+            self._cheap_rendering()
+        self._frames = 0
+        return self._observation(), {}
+
+    def step(self, action):
+        reward, frames, last = 0.0, 0, False
+        while frames < self.action_repeat and not last:
+            step = self._env.step(action)
+            reward += step.reward or 0.0
+            frames += 1
+            last = step.last() or self._frames + frames >= self.time_limit
+        self._frames += frames
+        terminated = bool(step.last() and step.discount == 0)
+        info = {"frames": frames}
+        return self._observation(), float(reward), terminated, last and not terminated, info
+
+    def render(self):
+        if self.render_mode is None:
+            return None
+        return self._env.physics.render(self.render_size, self.render_size, self._camera)
+
+    def close(self):
+        self._env.close()
+
+
+def make_env(task, seed=None, action_repeat=2, time_limit=1000, render_mode=None) -> gym.Env:
+    """The task with actions in [-1, 1], rescaled to the task's own bounds (see `ControlSuite`).
+
+    Raises:
+        UnknownTask: the suite has no such task.
+        NoRenderer: nothing can render on this machine.
+    """
+    env = ControlSuite(task, seed, action_repeat, time_limit, render_mode)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))

@@ -1,0 +1,312 @@
+"""The networks of Dreamer, and the distributions that they return.
+
+Axes, in the order in which they appear in shapes:
+    T  time within a sequence          S  stochastic state (stoch)
+    B  sequences in a batch            D  deterministic state (deter)
+    H  imagination horizon             F  feature = S + D
+    N  starts of imagination           E  image embedding
+    A  action dimensions               d  width of the convolutions (cnn-depth)
+A leading "..." stands for any batch axes. Sequences are time-major: (T, B, ...).
+Images are (..., 64, 64, 3), float, in [-0.5, 0.5].
+
+Sources: Dreamer v1 is arXiv 1912.01603, Dreamer v2 is arXiv 2010.02193; the RSSM comes from
+PlaNet, arXiv 1811.04551.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def standard_normal(shape, like: Tensor) -> Tensor:
+    """Noise of `shape` on the device and in the type of `like`.
+
+    Drawn in float32 whatever the type, so that a float64 run sees the numbers of a float32 run.
+    """
+    return torch.randn(shape, device=like.device).to(like.dtype)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half-precision outputs of autocast as float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ------------------------------------------------------------------------------ distributions
+
+
+class UnitNormal:
+    """Independent Normals of standard deviation 1, their log-density summed over `event_dims`."""
+
+    def __init__(self, mean: Tensor, event_dims: int):
+        self.mean, self.event_dims = mean, event_dims
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """ln N(x; mean, 1), summed over the last `event_dims` axes."""
+        error = (x - self.mean).square()
+        size = math.prod(error.shape[error.ndim - self.event_dims :])
+        if self.event_dims:
+            error = error.flatten(-self.event_dims).sum(-1)
+        return -0.5 * (error + size * math.log(2 * math.pi))
+
+
+class Bernoulli:
+    """The probability that a state continues, from its logit."""
+
+    def __init__(self, logit: Tensor):
+        self.logit = logit
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logit)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """x ln p + (1 - x) ln(1 - p); `x` may be any number in [0, 1] (a soft target)."""
+        return -F.binary_cross_entropy_with_logits(self.logit, x, reduction="none")
+
+
+class TanhNormal:
+    """The policy: tanh of a diagonal Normal, on actions in (-1, 1). `mean`, `std`: (..., A)."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean, std
+
+    def _log_density(self, x: Tensor) -> Tensor:
+        """ln density of tanh(x) for `x` before the tanh, summed over A.
+
+        ln(1 - tanh(x)^2) = 2 (ln 2 - x - softplus(-2x)), which stays finite for every x.
+        """
+        normal = -0.5 * ((x - self.mean) / self.std).square() - self.std.log()
+        log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
+        return (normal - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+
+    def rsample(self) -> Tensor:
+        """A reparameterized sample, (..., A)."""
+        return torch.tanh(self.mean + self.std * standard_normal(self.mean.shape, self.mean))
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """ln density of `action` (..., A), finite at -1 and 1, where float32 rounds to."""
+        bound = 1 - 1e-6
+        return self._log_density(torch.atanh(action.clamp(-bound, bound)))
+
+    def mode(self, samples: int = 100) -> Tensor:
+        """Of `samples` samples the one of highest density, as in the v1 code: (..., A)."""
+        shape = (samples, *self.mean.shape)
+        x = self.mean + self.std * standard_normal(shape, self.mean)
+        best = self._log_density(x).argmax(0, keepdim=True)
+        return torch.tanh(x.gather(0, best[..., None].expand(1, *self.mean.shape))[0])
+
+
+def kl_divergence(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """KL(p || q) of diagonal Normals in nats, summed over the last axis."""
+    ratio = (std_p / std_q).square()
+    distance = ((mean_p - mean_q) / std_q).square()
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+# ------------------------------------------------------------------------------- building blocks
+
+
+def init_as_keras(module: nn.Module) -> None:
+    """Initial weights as in the v1 code: Glorot uniform, zero biases, orthogonal recurrence.
+
+    Keras treats the three gates of a GRU as one matrix, and so does this. For `Module.apply`.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+
+
+def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """`layers` hidden layers of `units` with ELU, then a linear one."""
+    sizes = [inputs] + [units] * layers
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ELU(inplace=True))]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+class ConvTransposeFromPixel(nn.ConvTranspose2d):
+    """A transposed convolution whose input is one pixel: its matrix product, (N, C, 1, 1) in.
+
+    The weights, their initialization and the function are those of `nn.ConvTranspose2d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view when channels-last
+        y = x.flatten(1) @ weight + self.bias.repeat(height * width)
+        return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+# --------------------------------------------------------------------------------------- networks
+
+
+class State(NamedTuple):
+    """A state of the RSSM, or a sequence of them: a sample and the Normal it was drawn from."""
+
+    stoch: Tensor  # (..., S)
+    deter: Tensor  # (..., D)
+    mean: Tensor  # (..., S)
+    std: Tensor  # (..., S)
+
+    @property
+    def feature(self) -> Tensor:
+        """What the heads read, (..., F)."""
+        return torch.cat([self.stoch, self.deter], -1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
+        """The state with `function` applied to each of its tensors."""
+        return State(*(function(x) for x in self))
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model (PlaNet, section 2; Dreamer v1, appendix A).
+
+    deter_t = GRU(deter_{t-1}, [stoch_{t-1}, action_t]); prior p(stoch_t | deter_t); posterior
+    q(stoch_t | deter_t, embed_t). Here action_t is the action that led to step t.
+    """
+
+    min_std = 0.1
+
+    def __init__(self, actions: int, embed: int, stoch: int, deter: int, hidden: int):
+        super().__init__()
+        self.stoch_size, self.deter_size = stoch, deter
+        self.img_in = nn.Linear(stoch + actions, hidden)
+        self.cell = nn.GRUCell(hidden, deter)
+        self.img_out = mlp(deter, hidden, 1, 2 * stoch)
+        self.obs_in = nn.Linear(deter + embed, hidden)
+        self.obs_out = nn.Linear(hidden, 2 * stoch)
+
+    def initial(self, batch: int) -> State:
+        """The state before a sequence, all zeros, in the weights' type and on their device."""
+        zeros = self.img_in.weight.new_zeros
+        stoch = zeros(batch, self.stoch_size)
+        return State(stoch, zeros(batch, self.deter_size), stoch, stoch)
+
+    def _recur(self, stoch: Tensor, deter: Tensor, action: Tensor) -> Tensor:
+        """The next deterministic state, (N, D), from one state and action, (N, ...)."""
+        x = F.elu(self.img_in(torch.cat([stoch, action], -1)), inplace=True)
+        return full_precision(self.cell(x, deter))
+
+    def _stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = full_precision(x).chunk(2, -1)
+        return mean, F.softplus(std) + self.min_std
+
+    def _embed_part(self, embed: Tensor) -> Tensor:
+        """The embedding's share of the posterior's first layer: one product for all of time."""
+        return F.linear(embed, self.obs_in.weight[:, self.deter_size :], self.obs_in.bias)
+
+    def _posterior(self, deter: Tensor, embed_part: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.linear(deter, self.obs_in.weight[:, : self.deter_size]) + embed_part
+        return self._stats(self.obs_out(F.elu(x, inplace=True)))
+
+    def img_step(self, state: State, action: Tensor) -> State:
+        """The prior of the next state. `action`: (N, A)."""
+        deter = self._recur(state.stoch, state.deter, action)
+        mean, std = self._stats(self.img_out(deter))
+        stoch = mean + std * standard_normal(mean.shape, mean)
+        return State(stoch, deter, mean, std)
+
+    def obs_step(self, state: State, action: Tensor, embed: Tensor) -> State:
+        """The posterior of the next state. `action`: (N, A), `embed`: (N, E)."""
+        posterior, _ = self.observe(embed[None], action[None], state)
+        return posterior.map(lambda x: x[0])
+
+    def observe(self, embed: Tensor, action: Tensor, state: State) -> tuple[State, State]:
+        """Posterior and prior of every step of a sequence.
+
+        `embed`: (T, B, E), `action`: (T, B, A), `state`: before the sequence, (B, ...). The
+        returned states are (T, B, ...); the prior's `stoch` is its mean, since nothing samples it.
+        """
+        stoch, deter = state.stoch, state.deter
+        embed_part = self._embed_part(embed)
+        noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
+        steps = []
+        for t in range(len(action)):
+            deter = self._recur(stoch, deter, action[t])
+            mean, std = self._posterior(deter, embed_part[t])
+            stoch = mean + std * noise[t]
+            steps.append((stoch, deter, mean, std))
+        posterior = State(*(torch.stack(x) for x in zip(*steps)))
+        # The recurrence does not need the prior: its head runs once over all of time.
+        mean, std = self._stats(self.img_out(posterior.deter))
+        return posterior, State(mean, posterior.deter, mean, std)
+
+
+class ConvEncoder(nn.Module):
+    """Images (..., 64, 64, 3) to embeddings (..., 32d)."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        sizes = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        layers = [nn.Conv2d(a, b, 4, stride=2) for a, b in pairwise(sizes)]
+        self.net = nn.Sequential(*(m for x in layers for m in (x, nn.ReLU(inplace=True))))
+        self.embed_size = 32 * depth
+
+    def forward(self, image: Tensor) -> Tensor:
+        # Height, width, channels in memory is what PyTorch calls channels-last: no copy is made.
+        x = self.net(image.flatten(0, -4).permute(0, 3, 1, 2))
+        return x.permute(0, 2, 3, 1).reshape(*image.shape[:-3], self.embed_size)
+
+
+class ConvDecoder(nn.Module):
+    """Features (..., F) to a unit-variance Normal over images (..., 64, 64, 3)."""
+
+    def __init__(self, features: int, depth: int):
+        super().__init__()
+        self.dense = nn.Linear(features, 32 * depth)
+        self.net = nn.Sequential(
+            ConvTransposeFromPixel(32 * depth, 4 * depth, 5, stride=2),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(4 * depth, 2 * depth, 5, stride=2),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(2 * depth, depth, 6, stride=2),
+            nn.ReLU(inplace=True),
+            nn.ConvTranspose2d(depth, 3, 6, stride=2),
+        )
+
+    def forward(self, feature: Tensor) -> UnitNormal:
+        x = self.dense(feature.flatten(0, -2))
+        image = self.net(x[:, :, None, None]).permute(0, 2, 3, 1)
+        return UnitNormal(full_precision(image.unflatten(0, feature.shape[:-1])), event_dims=3)
+
+
+class DenseDecoder(nn.Module):
+    """Features (..., F) to one number each: the mean of a unit Normal, or a Bernoulli's logit."""
+
+    def __init__(self, features: int, layers: int, units: int, binary: bool = False):
+        super().__init__()
+        self.net = mlp(features, units, layers, 1)
+        self.binary = binary
+
+    def forward(self, feature: Tensor) -> UnitNormal | Bernoulli:
+        x = full_precision(self.net(feature)).squeeze(-1)
+        return Bernoulli(x) if self.binary else UnitNormal(x, event_dims=0)
+
+
+class ActionDecoder(nn.Module):
+    """Features (..., F) to the policy over actions (..., A) (Dreamer v1, appendix A).
+
+    mean = 5 tanh(m / 5), std = softplus(s + s0) + 1e-4, with s0 such that s = 0 gives `init_std`.
+    """
+
+    mean_scale = 5.0
+    min_std = 1e-4
+
+    def __init__(self, features: int, actions: int, layers: int, units: int, init_std: float):
+        super().__init__()
+        self.net = mlp(features, units, layers, 2 * actions)
+        self.raw_init_std = math.log(math.expm1(init_std))
+
+    def forward(self, feature: Tensor) -> TanhNormal:
+        mean, std = full_precision(self.net(feature)).chunk(2, -1)
+        mean = self.mean_scale * torch.tanh(mean / self.mean_scale)
+        return TanhNormal(mean, F.softplus(std + self.raw_init_std) + self.min_std)

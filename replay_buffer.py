@@ -1,0 +1,169 @@
+"""Replay: episodes on disk as npz files, their frames in memory, sequences sampled from them.
+
+An episode is a dict of arrays with T + 1 rows. Row t holds the frame, and the action and the
+reward that led to it; row 0 has a zero action and a zero reward.
+
+    image    (T + 1, 64, 64, 3) uint8
+    action   (T + 1, A) float32
+    reward   (T + 1,) float32
+    discount (T + 1,) float32: 0 where the task itself ended, 1 everywhere else, at a time limit too
+"""
+
+import os
+import uuid
+import zipfile
+import zlib
+from collections import deque
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+
+KEYS = ("image", "action", "reward", "discount")
+
+
+class DamagedEpisode(ValueError):
+    """A file that is not an episode of this task; the message says what is wrong with it."""
+
+
+class ReplayError(RuntimeError):
+    """The replay cannot do what was asked; the message says why and what would help."""
+
+
+def save_episode(folder: Path, episode: dict) -> str:
+    """Writes `<UTC time>-<uuid>-<length>.npz` and returns that name; length counts actions.
+
+    The file is whole or absent: it is written to a temporary name, flushed, then renamed.
+    """
+    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+    name = f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
+    temporary = folder / f".{name}.tmp"
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **episode)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / name)
+    return name
+
+
+def load_episode(path: Path, actions: int) -> dict:
+    """Reads and checks an episode of a task with `actions` action dimensions.
+
+    Raises:
+        DamagedEpisode: cut short, empty, foreign, of another shape or type, or pickled.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            episode = {key: file[key] for key in KEYS}
+    except (OSError, KeyError, ValueError, EOFError, AttributeError, TypeError,
+            NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise DamagedEpisode(f"{type(error).__name__}: {error}") from error
+    rows = len(episode["reward"]) if episode["reward"].ndim else 0
+    expected = {
+        "image": ((rows, 64, 64, 3), np.uint8),
+        "action": ((rows, actions), np.float32),
+        "reward": ((rows,), np.float32),
+        "discount": ((rows,), np.float32),
+    }
+    for key, (shape, dtype) in expected.items():
+        array = episode[key]
+        if rows < 2 or array.shape != shape or array.dtype != dtype:
+            raise DamagedEpisode(f"{key} is {array.dtype}{list(array.shape)}")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise DamagedEpisode(f"{key} holds numbers that are not finite")
+    return episode
+
+
+class ReplayBuffer:
+    """The newest episodes in one preallocated ring of rows, the oldest leaving first.
+
+    An episode may run over the ring's end. What is kept and what is sampled depend only on the
+    episodes added, in their order, and never on where they lie: a replay that is filled again
+    from disk gives the same batches.
+
+    Args:
+        capacity: rows; `rows_for` tells how many fit into so much memory.
+        actions: action dimensions.
+    """
+
+    def __init__(self, capacity: int, actions: int):
+        self.capacity = capacity
+        self._arrays = {
+            "image": np.empty((capacity, 64, 64, 3), np.uint8),
+            "action": np.empty((capacity, actions), np.float32),
+            "reward": np.empty(capacity, np.float32),
+            "discount": np.empty(capacity, np.float32),
+        }
+        self._episodes = deque()  # (first row, rows) of each episode, oldest first
+        self._next = 0  # the row after the newest
+        self.rows = 0  # rows in use
+        self._starts = {}  # sequence length -> (sequences before each episode's end, first rows)
+
+    @staticmethod
+    def rows_for(gigabytes: float, actions: int) -> int:
+        """How many rows fit into so many gigabytes (10^9 bytes)."""
+        return int(gigabytes * 1e9 // (64 * 64 * 3 + 4 * (actions + 2)))
+
+    @property
+    def gigabytes(self) -> float:
+        """What the rows in use take, in 10^9 bytes."""
+        return sum(array.nbytes for array in self._arrays.values()) * self.rows / self.capacity / 1e9
+
+    def __len__(self) -> int:
+        """Episodes in memory."""
+        return len(self._episodes)
+
+    def add(self, episode: dict) -> None:
+        """Adds an episode; the oldest leave where there is no room.
+
+        Raises:
+            ReplayError: the episode alone is larger than the replay.
+        """
+        rows = len(episode["reward"])
+        if rows > self.capacity:
+            raise ReplayError(
+                f"an episode of {rows} rows does not fit into a replay of {self.capacity}: "
+                "raise --buffer-gb"
+            )
+        while self.rows + rows > self.capacity:
+            self.rows -= self._episodes.popleft()[1]
+        where = (self._next + np.arange(rows)) % self.capacity
+        for key, array in self._arrays.items():
+            array[where] = episode[key]
+        self._episodes.append((self._next, rows))
+        self._next = (self._next + rows) % self.capacity
+        self.rows += rows
+        self._starts.clear()
+
+    def _index(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        if length not in self._starts:
+            first, rows = np.array(self._episodes, np.int64).reshape(-1, 2).T
+            starts = np.maximum(rows - length + 1, 0)
+            if not starts.sum():
+                raise ReplayError(
+                    f"no episode has the {length} rows of a training sequence: "
+                    "lower --train-seq-len or raise --time-limit"
+                )
+            self._starts[length] = starts.cumsum(), first
+        return self._starts[length]
+
+    def sample_rows(self, batch: int, length: int, seed) -> np.ndarray:
+        """Rows of `batch` sequences, (length, batch), every possible start equally likely.
+
+        A sequence lies within one episode. `seed` is anything that numpy's `default_rng` takes;
+        the same seed on the same episodes gives the same rows.
+
+        Raises:
+            ReplayError: no episode is long enough.
+        """
+        ends, first = self._index(length)
+        draw = np.random.default_rng(seed).integers(ends[-1], size=batch)
+        episode = np.searchsorted(ends, draw, side="right")
+        before = np.concatenate([[0], ends])[episode]
+        start = first[episode] + draw - before
+        return (start + np.arange(length)[:, None]) % self.capacity
+
+    def sample(self, batch: int, length: int, seed) -> dict:
+        """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`."""
+        rows = self.sample_rows(batch, length, seed)
+        return {key: array[rows] for key, array in self._arrays.items()}

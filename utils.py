@@ -1,0 +1,365 @@
+"""What every training script needs and no algorithm: files, logs, random states, signals."""
+
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks of this kind
+    fcntl = None
+
+
+class RunError(RuntimeError):
+    """Something about a run's folder that the user can mend; the message is one line."""
+
+
+class Stopped(Exception):
+    """A signal or the time limit asked for an end; `code` is the exit code."""
+
+    def __init__(self, reason: str, code: int):
+        super().__init__(reason)
+        self.code = code
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_file(path: Path):
+    """Yields a binary file that becomes `path` at the end, whole, or leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut, where the system can do that."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half-written in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `value` as JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Writes tensors and plain Python values, atomically."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path, device="cpu") -> dict:
+    """Reads what `save_checkpoint` wrote; code in the file is never run.
+
+    Raises:
+        RunError: no such file, or no checkpoint of this program.
+    """
+    if not path.is_file():
+        raise RunError(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises whatever a damaged archive provokes
+        raise RunError(f"{path} is not a checkpoint, or is damaged") from error
+    if not isinstance(state, dict) or "agent" not in state:
+        raise RunError(f"{path} is not a checkpoint of this program")
+    return state
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((p for p in folder.glob("*.pt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+
+
+def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints and the one of step `best`."""
+    for path in checkpoints(folder)[:-keep]:
+        if int(path.stem) != best:
+            path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------- random numbers
+
+
+def random_state() -> dict:
+    """The state of every global generator, in types that a safe checkpoint may hold."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Undoes whatever was drawn since `random_state` gave `state`."""
+    kind, keys, *rest = state["numpy"]
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda"]])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every global generator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def stream_seed(*key: int) -> int:
+    """A seed for the stream that the integers `key` name; different keys share nothing."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+@contextmanager
+def isolated_random(seed: int):
+    """Inside, generators start from `seed`; outside, nothing was drawn."""
+    state = random_state()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+# -------------------------------------------------------------------------- triggers and signals
+
+
+class Every:
+    """Due once in each `interval` of steps, whatever the size of the steps; 0 is never."""
+
+    def __init__(self, interval: int, last: int = 0):
+        self.interval, self.last = interval, last
+
+    def due(self, step: int) -> bool:
+        """True if `step` lies in a later interval than the last firing."""
+        return self.interval > 0 and step // self.interval > self.last // self.interval
+
+    def fired(self, step: int) -> None:
+        """Notes that what was due at `step` is done."""
+        self.last = step
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and a time limit into `Stopped`, raised where `check` is called.
+
+    A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, max_hours: float | None = None):
+        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._signal = None
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame):
+        self._signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises `Stopped` if an end was asked for."""
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            raise Stopped(name, 128 + self._signal)
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise Stopped("--max-hours", 0)
+
+
+@contextmanager
+def run_lock(folder: Path):
+    """Holds `folder/lock` while a process uses the run; the system frees it when that one dies.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (folder / "lock").open("a+") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"the run {folder} is in use by another process") from None
+        yield
+
+
+# -------------------------------------------------------------------------------- logs and videos
+
+
+class MeanMetrics:
+    """Means of scalars that stay on their device until they are read."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, metrics: dict) -> None:
+        """Adds one scalar tensor a name, without a synchronization."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+
+    def pop(self) -> dict:
+        """The means as Python numbers; starts again from nothing."""
+        result = {name: total.item() / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return result
+
+    def state_dict(self) -> dict:
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+
+class Logger:
+    """Scalars to `metrics.jsonl` and TensorBoard, videos to TensorBoard and `videos/`.
+
+    The files only grow, so their sizes say what had been written at a checkpoint: `state_dict`
+    gives them, and a logger that is made with that state cuts off what came after.
+    """
+
+    def __init__(self, folder: Path, state: dict | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.folder = folder
+        (folder / "videos").mkdir(exist_ok=True)
+        sizes = state or {}
+        for path in self._files():
+            size = sizes.get(path.name, 0)
+            if size == 0:
+                path.unlink()
+            elif path.stat().st_size > size:
+                os.truncate(path, size)
+        self._jsonl = (folder / "metrics.jsonl").open("a")
+        self._writer = SummaryWriter(str(folder))
+
+    def _files(self) -> list[Path]:
+        return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
+
+    def state_dict(self) -> dict:
+        """Flushes, and returns the size of each file in bytes."""
+        self._jsonl.flush()
+        os.fsync(self._jsonl.fileno())
+        self._writer.flush()
+        return {path.name: path.stat().st_size for path in self._files()}
+
+    def scalars(self, step: int, values: dict) -> None:
+        """One row: `values` by name, at `step` environment frames."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """`frames` (T, height, width, 3) uint8 as `videos/<name>-<step>.gif` and in TensorBoard."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = encode_gif(frames, fps)
+        with atomic_file(self.folder / "videos" / f"{name}-{step}.gif") as file:
+            file.write(gif)
+        height, width = frames.shape[1:3]
+        # TensorBoard's own add_video needs moviepy; a GIF is an image to it, and it moves.
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=f"video/{name}", image=image)])
+        self._writer.file_writer.add_summary(summary, step)
+
+    def close(self) -> None:
+        self._jsonl.close()
+        self._writer.close()
+
+
+class ProgressBar:
+    """One live bar over the steps of a run; lines, a minute apart, where output is no terminal."""
+
+    def __init__(self, total: int, step: int):
+        self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self._total, self._first, self._started = total, step, time.monotonic()
+        self._next_line = self._started
+        options = {"total": total, "initial": step, "unit": "frame", "dynamic_ncols": True}
+        self._bar = tqdm(**options, smoothing=0.05, disable=self._lines)
+
+    def update(self, step: int, text: str) -> None:
+        """Shows where the run stands: frames, rate and time left, then `text`."""
+        step = min(step, self._total)
+        if not self._lines:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            self._bar.refresh()
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + 60
+            elapsed = time.monotonic() - self._started
+            meter = {"initial": self._first, "unit": "frame", "postfix": text, "ncols": 0}
+            print(tqdm.format_meter(step, self._total, elapsed, **meter), flush=True)
+
+    def write(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        tqdm.write(line) if not self._lines else print(line, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def encode_gif(frames: np.ndarray, fps: float) -> bytes:
+    """A looping GIF of `frames` (T, height, width, 3) uint8."""
+    buffer = io.BytesIO()
+    imageio.imwrite(buffer, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+    return buffer.getvalue()
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1], clipped, as bytes."""
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def free_memory_gb() -> float:
+    """Memory that this machine can still give, in 10^9 bytes; 4 where it cannot be told."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
+    return 4.0
