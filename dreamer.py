@@ -139,6 +139,8 @@ MAY_CHANGE = {
     "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
     "checkpoint_interval", "video_interval", "max_hours",
 }  # fmt: skip
+# An evaluation may also be of other episodes, and of another task of the same shape.
+EVALUATION_MAY_CHANGE = MAY_CHANGE | {"env", "exp", "seed", "action_repeat", "time_limit"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -158,12 +160,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def resolve(given: dict, saved: dict | None = None) -> Config:
+def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHANGE)) -> Config:
     """The configuration of a run: flags that were given, a saved run's, and the defaults.
 
     Args:
         given: field names to values, only of the flags that stood on the command line.
         saved: the `config.json` of a run that is being restored.
+        may_change: fields in which `given` may differ from `saved`.
 
     Raises:
         utils.RunError: a flag contradicts the saved run, or two flags contradict each other.
@@ -172,7 +175,7 @@ def resolve(given: dict, saved: dict | None = None) -> Config:
         differ = [
             f"--{name.replace('_', '-')} {value} (saved: {saved[name]})"
             for name, value in given.items()
-            if name in saved and name not in MAY_CHANGE and value != saved[name]
+            if name in saved and name not in may_change and value != saved[name]
         ]
         if differ:
             raise utils.RunError("the run being restored has other settings: " + ", ".join(differ))
@@ -464,12 +467,8 @@ class Dreamer(nn.Module):
         metrics["reward/imagined"] = reward.mean()
         return losses, metrics
 
-    def update(self, batch: dict) -> dict:
-        """One gradient step on a batch (T, B, ...) that lies on the device.
-
-        Three losses, three optimizers; every gradient is taken at the old weights. Returns
-        scalar tensors by name, still on the device: nothing here waits for it.
-        """
+    def gradients(self, batch: dict) -> dict:
+        """Gradients of the three losses on a batch (T, B, ...) into `.grad`; returns metrics."""
         with self.autocast():
             loss, post, metrics = self.model_loss(batch)
         self._backward("world", loss, metrics)
@@ -479,10 +478,19 @@ class Dreamer(nn.Module):
         # The actor's graph runs through the value's: the value's gradient comes first, keeps it.
         self._backward("value", losses["value"], metrics, retain_graph=True)
         self._backward("actor", losses["actor"], metrics)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def update(self, batch: dict) -> dict:
+        """One gradient step on a batch (T, B, ...) that lies on the device.
+
+        Three losses, three optimizers; every gradient is taken at the old weights. Returns
+        scalar tensors by name, still on the device: nothing here waits for it.
+        """
+        metrics = self.gradients(batch)
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics
 
     def _backward(self, name: str, loss: Tensor, metrics: dict, retain_graph=False) -> None:
         """The clipped gradient of `loss` for the network `name`, and for no other."""
@@ -623,9 +631,27 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
             torch.from_numpy(image).to(agent.device), torch.from_numpy(action).to(agent.device)
         )
     truth, model = image / 255, model.float().cpu().numpy()
-    error = (model - truth + 1) / 2
-    rows = np.concatenate([truth, model, error], 2)  # (T, B, 3 * 64, 64, 3)
+    rows = np.concatenate([truth, model, (model - truth + 1) / 2], 2)  # (T, B, 3 * 64, 64, 3)
     return utils.to_uint8(np.concatenate(list(rows.swapaxes(0, 1)), 2))
+
+
+def film(task: str, config: Config, episode: dict) -> tuple[np.ndarray, float]:
+    """An evaluated episode played again at a size for people: frames, and frames per second.
+
+    The same seed and the same actions give the same episode, so only the episodes that are shown
+    need the large pictures. Of fast tasks every second or third frame is kept.
+    """
+    env = make_env(task, config, seed=config.seed, render_mode="rgb_array")
+    every = math.ceil(env.unwrapped.metadata["render_fps"] / 30)
+    env.reset(seed=episode["seed"])
+    frames = [env.render()]
+    for t, action in enumerate(episode["action"][1:], 1):
+        env.step(action)
+        if t % every == 0:
+            frames.append(env.render())
+    fps = env.unwrapped.metadata["render_fps"] / every
+    env.close()
+    return np.stack(frames), fps
 
 
 # --------------------------------------------------------------------------------------- training
@@ -835,7 +861,7 @@ class Trainer:
         self.every["evaluation"].fired(p.step)
         if self.every["video"].due(p.step):
             self.every["video"].fired(p.step)
-            fps = 50 / c.action_repeat
+            fps = self.env.unwrapped.metadata["render_fps"]
             self.logger.video(p.step, "evaluation", episodes[0]["image"][:250], fps)
             self.logger.video(p.step, "open_loop", dream_video(self.agent, episodes[:4]), 10)
         if mean > p.best_return:
@@ -1018,6 +1044,54 @@ def train_command(modes: dict, given: dict) -> None:
         trainer.run()
 
 
+def evaluate_command(modes: dict, given: dict) -> None:
+    """--evaluate --restore: returns, their JSON, GIFs of the best and worst episode, a dream."""
+    if not modes.get("restore"):
+        raise utils.RunError("--evaluate needs --restore: the newest checkpoint of the run")
+    folder = run_folder(Config(**given))
+    path = modes.get("checkpoint_path") or newest_checkpoint(folder)
+    if path is None:
+        raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
+    state = utils.load_checkpoint(Path(path))
+    config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
+    env = make_env(config.env, config, seed=config.seed)
+    agent = Dreamer(config, env.action_space.shape[0], pick_device(config.device))
+    load_agent(agent, state)
+    step = state["progress"]["step"]
+    with utils.StopSignal(config.max_hours) as stop:
+        episodes = evaluate(agent, config.env, config, config.eval_episodes, stop)
+    for number, episode in enumerate(episodes, 1):
+        print(f"episode {number}: return {episode['return']:.1f}")
+    returns = [e["return"] for e in episodes]
+    print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+    folder = run_folder(config)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    utils.write_json(
+        folder / f"evaluation-{step}.json",
+        {
+            "checkpoint": str(path),
+            "env": config.env,
+            "algo": config.algo,
+            "step": step,
+            "return_mean": float(np.mean(returns)),
+            "return_std": float(np.std(returns)),
+            "episodes": [
+                {"seed": e["seed"], "return": e["return"], "length": len(e["reward"]) - 1}
+                for e in episodes
+            ],
+        },
+    )
+    best, worst = episodes[int(np.argmax(returns))], episodes[int(np.argmin(returns))]
+    videos = {
+        "best": film(config.env, config, best),
+        "worst": film(config.env, config, worst),
+        "dream": (dream_video(agent, episodes[:4], length=100).repeat(2, 1).repeat(2, 2), 15),
+    }
+    for name, (frames, fps) in videos.items():
+        utils.save_gif(folder / "videos" / f"evaluation-{step}-{name}.gif", frames, fps)
+    print(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
+
+
 def describe(config: Config, folder: Path) -> None:
     """Prints the resolved settings, so that a log says what was run."""
     device = pick_device(config.device)
@@ -1033,6 +1107,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_flush_denormal(True)
         if modes.get("train"):
             train_command(modes, given)
+        elif modes.get("evaluate"):
+            evaluate_command(modes, given)
         else:
             raise utils.RunError("nothing to do: give --train, --evaluate or --benchmark")
     except utils.Stopped as stopped:

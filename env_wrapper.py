@@ -122,7 +122,7 @@ class ControlSuite(gym.Env):
             the agent's observation.
     """
 
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 50}
+    metadata: ClassVar = {"render_modes": ["rgb_array"]}
 
     def __init__(self, task, seed=None, action_repeat=2, time_limit=1000, render_mode=None,
                  render_size=256):  # fmt: skip
@@ -134,6 +134,8 @@ class ControlSuite(gym.Env):
         self.render_mode, self.render_size = render_mode, render_size
         self._camera = 2 if domain == "quadruped" else 0
         self._frames = 0
+        frame = self._env.control_timestep()  # seconds
+        self.metadata = {**self.metadata, "render_fps": 1 / (frame * action_repeat)}
         self._cheap_rendering()
         spec = self._env.action_spec()
         shape = spec.shape

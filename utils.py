@@ -297,9 +297,7 @@ class Logger:
         """`frames` (T, height, width, 3) uint8 as `videos/<name>-<step>.gif` and in TensorBoard."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        gif = encode_gif(frames, fps)
-        with atomic_file(self.folder / "videos" / f"{name}-{step}.gif") as file:
-            file.write(gif)
+        gif = save_gif(self.folder / "videos" / f"{name}-{step}.gif", frames, fps)
         height, width = frames.shape[1:3]
         # TensorBoard's own add_video needs moviepy; a GIF is an image to it, and it moves.
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
@@ -347,6 +345,14 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     buffer = io.BytesIO()
     imageio.imwrite(buffer, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
     return buffer.getvalue()
+
+
+def save_gif(path: Path, frames: np.ndarray, fps: float) -> bytes:
+    """Writes `encode_gif` to a file, atomically, and returns it."""
+    gif = encode_gif(frames, fps)
+    with atomic_file(path) as file:
+        file.write(gif)
+    return gif
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

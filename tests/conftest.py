@@ -1,0 +1,54 @@
+"""Shared by the tests: the modules on the path, and settings small enough to run in seconds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dreamer  # noqa: E402
+
+TINY = {
+    "batch_size": 4, "train_seq_len": 6, "deter_size": 16, "stoch_size": 4, "hidden_size": 16,
+    "num_units": 16, "cnn_depth": 4, "imagine_horizon": 5,
+}  # fmt: skip
+
+# A whole run in seconds: episodes of 40 frames, three gradient steps an iteration.
+SHORT_RUN = {
+    **TINY, "env": "cartpole-balance", "time_limit": 40, "seed_steps": 80, "collect_steps": 40,
+    "update_steps": 3, "pretrain_steps": 4, "total_steps": 240, "eval_interval": 120,
+    "eval_episodes": 2, "checkpoint_interval": 80, "video_interval": 120,
+}  # fmt: skip
+
+
+def flags(**settings) -> list[str]:
+    """Settings as words of a command line."""
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def tiny_config():
+    """Makes a resolved configuration of tiny sizes, with the given differences."""
+    return lambda **more: dreamer.resolve({"device": "cpu", **TINY, **more})
+
+
+@pytest.fixture
+def make_batch():
+    """Makes a batch of made-up sequences for a configuration, on the CPU."""
+
+    def make(config, actions=2, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        shape = (config.train_seq_len, config.batch_size)
+        image = torch.randint(0, 256, (*shape, 64, 64, 3), generator=generator)
+        action = torch.rand(*shape, actions, generator=generator) * 2 - 1
+        return {
+            "image": image.to(torch.uint8),
+            "action": action.to(dtype),
+            "reward": torch.rand(shape, generator=generator).to(dtype),
+            "discount": torch.ones(shape, dtype=dtype),
+        }
+
+    return make

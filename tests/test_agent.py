@@ -1,0 +1,355 @@
+"""The agent and its gradient step: who learns from what, precision, devices, a solved toy."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dreamer
+from models import State
+
+CPU = torch.device("cpu")
+NETWORKS = ("world", "actor", "value")
+
+
+@pytest.fixture
+def make_agent(tiny_config):
+    def make(actions=2, device=CPU, **settings):
+        torch.manual_seed(0)
+        return dreamer.Dreamer(tiny_config(**settings), actions, device)
+
+    return make
+
+
+def has_gradient(network) -> bool:
+    return any(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+def all_have_gradients(network) -> bool:
+    return all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_each_loss_trains_its_network_and_no_other(make_agent, make_batch):
+    agent = make_agent()
+    losses = {}
+    losses["world"], post, metrics = agent.model_loss(make_batch(agent.config))
+    behaviour, _ = agent.behaviour_losses(post)
+    losses.update(behaviour)
+    for name in ("world", "value", "actor"):
+        agent.zero_grad()
+        agent._backward(name, losses[name], {}, retain_graph=name == "value")
+        for other in NETWORKS:
+            assert has_gradient(getattr(agent, other)) == (other == name)
+        assert all_have_gradients(getattr(agent, name))
+
+
+def test_behaviour_reaches_no_posterior(make_agent, make_batch):
+    agent = make_agent()
+    _, post, _ = agent.model_loss(make_batch(agent.config))
+    losses, _ = agent.behaviour_losses(post)
+    leaves = [post.stoch, post.deter, post.mean, post.std]
+    for loss in losses.values():
+        found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        assert all(g is None for g in found)
+
+
+def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch):
+    """The value's pass is shared with the actor's; written out apart it must be the same."""
+    agent = make_agent(discount=0.9)
+    _, post, _ = agent.model_loss(make_batch(agent.config))
+    captured = {}
+    imagine = agent.imagine
+
+    def spy(start):
+        captured["feature"], metrics = imagine(start)
+        return captured["feature"], metrics
+
+    agent.imagine = spy
+    losses, _ = agent.behaviour_losses(post)
+    weights = list(agent.value.parameters())
+    actual = torch.autograd.grad(losses["value"], weights, retain_graph=True)
+
+    feature = captured["feature"].detach()
+    value = agent.value(feature[:-1])
+    reward, values = agent.world["reward"](feature).mean, agent.value(feature).mean
+    discount = torch.full_like(reward, 0.9)
+    target = dreamer.lambda_return(reward, values, discount, 0.95).detach()
+    weight = torch.tensor([0.9**k for k in range(len(target))])[:, None]
+    loss = -(weight * value.log_prob(target)).mean()
+    torch.testing.assert_close(losses["value"], loss)
+    for a, e in zip(actual, torch.autograd.grad(loss, weights)):
+        torch.testing.assert_close(a, e, atol=1e-6, rtol=1e-4)
+
+
+def test_actor_sees_features_without_gradients_and_its_actions_carry_them(make_agent):
+    agent = make_agent()
+    seen, moved = [], []
+    actor, img_step = agent.actor.forward, agent.world["rssm"].img_step
+
+    def spy_actor(feature):
+        seen.append(feature.requires_grad)
+        return actor(feature)
+
+    def spy_step(state, action):
+        moved.append(action.requires_grad)
+        return img_step(state, action)
+
+    agent.actor.forward, agent.world["rssm"].img_step = spy_actor, spy_step
+    feature, _ = agent.imagine(agent.world["rssm"].initial(3))
+    assert not any(seen) and all(moved) and len(seen) == agent.config.imagine_horizon
+    assert feature.requires_grad
+
+
+def test_first_imagined_feature_is_one_step_after_the_start(make_agent):
+    """f_1 ... f_H are read, never f_0: the start's own reward belongs to a past action."""
+    agent = make_agent()
+    start = State(*(torch.randn(3, n) for n in (4, 16, 4, 4)))
+    torch.manual_seed(5)
+    feature, _ = agent.imagine(start)
+    torch.manual_seed(5)
+    action = agent.actor(start.feature).rsample()
+    state = agent.world["rssm"].img_step(start, action)
+    torch.testing.assert_close(feature[0], state.feature)
+    assert len(feature) == agent.config.imagine_horizon
+
+
+@pytest.mark.parametrize("use_disc_model", [False, True])
+def test_every_posterior_is_a_start_but_a_terminal_one(make_agent, make_batch, use_disc_model):
+    agent = make_agent(use_disc_model=use_disc_model)
+    _, post, _ = agent.model_loss(make_batch(agent.config))
+    starts = []
+    imagine = agent.imagine
+    agent.imagine = lambda start: (starts.append(start), imagine(start))[1]
+    agent.behaviour_losses(post)
+    kept = post.stoch[:-1] if use_disc_model else post.stoch
+    torch.testing.assert_close(starts[0].stoch, kept.flatten(0, 1))
+
+
+def test_continuation_is_trained_on_discount_times_gamma(make_agent, make_batch):
+    agent = make_agent(use_disc_model=True, discount=0.9)
+    batch = make_batch(agent.config)
+    batch["discount"][-1] = 0.0
+    seen = []
+    head = agent.world["discount"].forward
+
+    def spy(feature):
+        distribution = head(feature)
+        log_prob = distribution.log_prob
+        distribution.log_prob = lambda x: (seen.append(x), log_prob(x))[1]
+        return distribution
+
+    agent.world["discount"].forward = spy
+    _, _, metrics = agent.model_loss(batch)
+    torch.testing.assert_close(seen[0], 0.9 * batch["discount"])
+    assert "loss/continuation" in metrics
+
+
+def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
+    agent = make_agent(use_disc_model=True, algo="Dreamerv2", kl_scale=0.5)
+    loss, _, metrics = agent.model_loss(make_batch(agent.config))
+    terms = metrics["loss/image"] + metrics["loss/reward"] + 0.5 * metrics["kl"]
+    torch.testing.assert_close(loss, terms + 10 * metrics["loss/continuation"])
+
+
+def test_actor_gradient_against_finite_differences(tiny_config, make_batch):
+    """Through dynamics, reward and value, the gradient is the slope of the imagined return.
+
+    With two imagined states the second action is chosen from a feature whose gradient is
+    stopped, so the actor is made blind to features: then no path is cut, and the slope is exact.
+    """
+    config = tiny_config(imagine_horizon=4)
+    agent = in_double(lambda: dreamer.Dreamer(config, 2, CPU))
+    nn.init.zeros_(agent.actor.net[0].weight)
+    _, post, _ = agent.model_loss(make_batch(config, dtype=torch.float64))
+    bias = agent.actor.net[-1].bias
+
+    def loss_at(shift):
+        with torch.no_grad():
+            bias[0] += shift
+        torch.manual_seed(9)
+        loss = agent.behaviour_losses(post)[0]["actor"]
+        gradient = torch.autograd.grad(loss, bias)[0][0].item()
+        with torch.no_grad():
+            bias[0] -= shift
+        return loss.item(), gradient
+
+    slope = (loss_at(1e-5)[0] - loss_at(-1e-5)[0]) / 2e-5
+    assert slope != 0
+    assert loss_at(0.0)[1] == pytest.approx(slope, rel=1e-5)
+
+
+def in_double(make):
+    """What `make` makes, in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def copy_in_double(agent, config):
+    double = in_double(lambda: dreamer.Dreamer(config, agent.actions, CPU))
+    double.load_state_dict({k: v.double() for k, v in agent.state_dict().items()})
+    return double
+
+
+class SharedReLU(nn.Module):
+    """A ReLU that takes, in the second run, the branches that the first run took.
+
+    A sum within rounding of zero falls on either side of the kink, and among n activations one
+    such flip alone moves a gradient by 1 / sqrt(n): that is the kink's share, not the precision's.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.masks, self.flips, self.count, self.replay = [], 0, 0, False
+
+    def forward(self, x):
+        if not self.replay:
+            self.masks.append(x > 0)
+            return torch.relu(x)
+        mask = self.masks.pop(0)
+        self.flips += ((x > 0) != mask).sum().item()
+        self.count += mask.numel()
+        return x * mask
+
+
+@pytest.mark.parametrize("algo", ["Dreamerv1", "Dreamerv2"])
+def test_the_step_in_float32_is_the_step_in_float64(make_batch, algo):
+    """Losses and the gradient of every weight tensor agree to 1e-3, at the small preset."""
+    config = dreamer.resolve(
+        {"device": "cpu", "preset": "small", "algo": algo, "batch_size": 4, "train_seq_len": 8,
+         "use_disc_model": True, "free_nats": 0.0}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    single = dreamer.Dreamer(config, 2, CPU)
+    double = copy_in_double(single, config)
+    relus = {}
+    for agent in (single, double):
+        for name, module in agent.named_modules():
+            if isinstance(module, nn.Sequential):
+                for i, layer in enumerate(module):
+                    if isinstance(layer, nn.ReLU):
+                        module[i] = relus.setdefault(f"{name}.{i}", SharedReLU())
+    results = []
+    for agent, dtype in ((single, torch.float32), (double, torch.float64)):
+        torch.manual_seed(1)
+        results.append(agent.update(make_batch(config, dtype=dtype)))
+        for relu in relus.values():
+            relu.replay = True
+    for name, value in results[0].items():
+        assert value.item() == pytest.approx(results[1][name].item(), rel=1e-3), name
+    for (name, a), b in zip(single.named_parameters(), double.named_parameters()):
+        error = (a.grad.double() - b[1].grad).norm() / b[1].grad.norm()
+        assert error < 1e-3, f"{name}: {error:.2e}"
+    assert len(relus) == 7
+    assert sum(r.flips for r in relus.values()) <= 1e-5 * sum(r.count for r in relus.values())
+
+
+def test_everything_on_the_meta_device(make_agent, make_batch):
+    """A tensor left on the CPU and an `.item()` both raise there."""
+    agent = make_agent(device=torch.device("meta"), use_disc_model=True, algo="Dreamerv2")
+    batch = {k: v.to("meta") for k, v in make_batch(agent.config).items()}
+    agent.gradients(batch)
+    assert all(p.grad.device.type == "meta" for p in agent.parameters())
+
+
+class Refuse(TorchDispatchMode):
+    """Raises where the host would wait for the device, or a shape would depend on data."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert not any(word in name for word in self.forbidden), f"{function} in the gradient step"
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_the_gradient_step_waits_or_depends_on_data(make_agent, make_batch):
+    agent = make_agent(use_disc_model=True, algo="Dreamerv2")
+    batch = make_batch(agent.config)
+    agent.update(batch)
+    with Refuse():
+        agent.update(batch)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Refuse():
+        torch.ones(1).item()
+
+
+def test_state_holds_every_network_and_optimizer(make_agent, make_batch):
+    agent, other = make_agent(), make_agent()
+    batch = make_batch(agent.config)
+    agent.update(batch)
+    other.load_state(copy.deepcopy(agent.state()))
+    assert {k.split(".")[0] for k in agent.state()["networks"]} == set(NETWORKS)
+    for one in (agent, other):
+        torch.manual_seed(2)
+        one.update(batch)
+    for a, b in zip(agent.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_act_samples_with_noise_or_takes_the_mode(make_agent):
+    agent = make_agent(action_noise=0.0)
+    image = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    state, action = agent.world["rssm"].initial(3), torch.zeros(3, 2)
+    torch.manual_seed(1)
+    sampled, _ = agent.act(image, state, action, explore=True)
+    agent.config.action_noise = 0.3
+    torch.manual_seed(1)
+    noisy, _ = agent.act(image, state, action, explore=True)
+    assert not torch.equal(sampled, noisy) and noisy.abs().max() <= 1
+    agent.actor.mode = None
+    torch.manual_seed(1)
+    mode, after = agent.act(image, state, action, explore=False)
+    torch.manual_seed(1)
+    embed = agent.world["encoder"](agent.pixels(image))
+    expected = agent.world["rssm"].obs_step(state, action, embed)
+    torch.testing.assert_close(after.stoch, expected.stoch)
+    torch.testing.assert_close(mode, agent.actor(expected.feature).mode())
+
+
+def test_dream_sees_the_context_and_no_later_frame(make_agent):
+    agent = make_agent()
+    image = torch.randint(0, 256, (9, 2, 64, 64, 3), dtype=torch.uint8)
+    action = torch.rand(9, 2, 2)
+    torch.manual_seed(1)
+    frames, reward = agent.dream(image, action)
+    image[5:] = 0
+    torch.manual_seed(1)
+    again, _ = agent.dream(image, action)
+    assert frames.shape == (9, 2, 64, 64, 3) and reward.shape == (9, 2)
+    assert torch.equal(frames, again)
+    action[7] += 0.5
+    torch.manual_seed(1)
+    other, _ = agent.dream(image, action)
+    assert torch.equal(frames[:7], other[:7]) and not torch.equal(frames[7], other[7])
+
+
+def toy_batch(config, seed):
+    """Episodes of a task with a known answer: the reward is 1 - (action - 0.5)^2, at once."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.train_seq_len, config.batch_size)
+    action = torch.rand(*shape, 1, generator=generator) * 2 - 1
+    image = ((action + 1) * 127).to(torch.uint8)[..., None, None].expand(*shape, 64, 64, 3)
+    reward = 1 - (action[..., 0] - 0.5).square()
+    return {"image": image, "action": action, "reward": reward, "discount": torch.ones(shape)}
+
+
+@pytest.mark.parametrize("algo", ["Dreamerv1", "Dreamerv2"])
+def test_toy_problem_is_solved_through_the_model(tiny_config, algo):
+    """The best action is 0.5; only the learned model can tell the actor so."""
+    config = tiny_config(
+        algo=algo, num_units=32, batch_size=16, train_seq_len=5, actor_init_std=1.0, discount=0.8,
+        model_learning_rate=5e-3, actor_learning_rate=5e-4, value_learning_rate=5e-3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    agent = dreamer.Dreamer(config, 1, CPU)
+    for step in range(400):
+        agent.update(toy_batch(config, step))
+    with torch.no_grad():
+        _, post, _ = agent.model_loss(toy_batch(config, 1000))
+        action = agent.actor(post.feature).mode()
+    assert (action - 0.5).abs().mean() < 0.15
+    assert (action - 0.5).abs().max() < 0.4

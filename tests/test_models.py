@@ -1,0 +1,232 @@
+"""Networks and distributions: shapes, densities, initial weights, equal forms of one function."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import models
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_unit_normal_against_torch():
+    mean, x = torch.randn(2, 3, 8, 8, 3)
+    expected = torch.distributions.Normal(mean, 1).log_prob(x).sum((-3, -2, -1))
+    torch.testing.assert_close(models.UnitNormal(mean, 3).log_prob(x), expected)
+    scalar = torch.distributions.Normal(mean, 1).log_prob(x)
+    torch.testing.assert_close(models.UnitNormal(mean, 0).log_prob(x), scalar)
+
+
+def test_bernoulli_takes_a_soft_target():
+    p = models.Bernoulli(torch.tensor(0.3))
+    q = torch.sigmoid(torch.tensor(0.3))
+    expected = 0.99 * q.log() + 0.01 * (1 - q).log()
+    torch.testing.assert_close(p.log_prob(torch.tensor(0.99)), expected)
+    torch.testing.assert_close(p.mean, q)
+
+
+def test_tanh_normal_density_integrates_to_one():
+    policy = models.TanhNormal(torch.tensor([[0.3]]), torch.tensor([[0.8]]))
+    edges = torch.linspace(-1 + 1e-5, 1 - 1e-5, 200001)
+    density = policy.log_prob(edges[:, None]).exp()
+    assert torch.trapezoid(density, edges).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_tanh_normal_against_torch():
+    mean, std = torch.randn(5, 2, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64) + 0.1
+    base = torch.distributions.Normal(mean, std)
+    other = torch.distributions.TransformedDistribution(
+        base, torch.distributions.transforms.TanhTransform()
+    )
+    action = torch.rand(5, 2, dtype=torch.float64) * 1.8 - 0.9
+    actual = models.TanhNormal(mean, std).log_prob(action)
+    torch.testing.assert_close(actual, other.log_prob(action).sum(-1))
+
+
+@pytest.mark.parametrize("mean", [-5.0, 0.0, 5.0])
+def test_tanh_normal_is_finite_at_the_bounds(mean):
+    weights = torch.tensor([[mean, mean]], requires_grad=True)
+    policy = models.TanhNormal(weights, torch.full((1, 2), 1e-2))
+    for action in (torch.ones(1, 2), -torch.ones(1, 2), torch.tensor([[1.0, -1.0]])):
+        log_prob = policy.log_prob(action)
+        assert log_prob.isfinite().all()
+        (gradient,) = torch.autograd.grad(log_prob.sum(), weights)
+        assert gradient.isfinite().all()
+
+
+def test_mode_is_the_densest_of_its_samples():
+    mean, std = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.4, 0.1]])
+    policy = models.TanhNormal(mean, std)
+    torch.manual_seed(3)
+    mode = policy.mode()
+    torch.manual_seed(3)
+    samples = torch.tanh(mean + std * torch.randn(100, 1, 2)).double()
+    exact = models.TanhNormal(mean.double(), std.double()).log_prob(samples)
+    torch.testing.assert_close(mode[0], samples[exact[:, 0].argmax(), 0].float())
+    many = policy.mode(20000)
+    grid = torch.linspace(-0.999, 0.999, 2001).double()
+    for i in range(2):
+        one = models.TanhNormal(mean[:, i : i + 1].double(), std[:, i : i + 1].double())
+        assert abs(grid[one.log_prob(grid[:, None]).argmax()] - many[0, i]) < 0.1
+
+
+def test_rsample_is_reparameterized_and_bounded():
+    mean = torch.zeros(1000, 2, requires_grad=True)
+    action = models.TanhNormal(mean, torch.ones(1000, 2)).rsample()
+    assert action.abs().max() <= 1
+    action.sum().backward()
+    torch.testing.assert_close(mean.grad, (1 - action.square()).detach())
+
+
+def test_kl_divergence_against_torch():
+    mean_p, mean_q = torch.randn(2, 4, 3)
+    std_p, std_q = torch.rand(2, 4, 3) + 0.2
+    normal = torch.distributions.Normal
+    pair = normal(mean_p, std_p), normal(mean_q, std_q)
+    expected = torch.distributions.kl_divergence(*pair).sum(-1)
+    torch.testing.assert_close(models.kl_divergence(mean_p, std_p, mean_q, std_q), expected)
+
+
+def test_initial_policy_has_the_standard_deviation_that_was_asked():
+    actor = models.ActionDecoder(6, 2, layers=4, units=8, init_std=5.0)
+    nn.init.zeros_(actor.net[-1].weight)
+    nn.init.zeros_(actor.net[-1].bias)
+    policy = actor(torch.randn(3, 6))
+    torch.testing.assert_close(policy.std, torch.full((3, 2), 5.0 + 1e-4))
+    torch.testing.assert_close(policy.mean, torch.zeros(3, 2))
+
+
+def test_policy_mean_is_squashed_to_five():
+    actor = models.ActionDecoder(6, 1, layers=4, units=8, init_std=5.0)
+    nn.init.constant_(actor.net[-1].bias, 1e4)
+    policy = actor(torch.randn(3, 6))
+    torch.testing.assert_close(policy.mean, torch.full((3, 1), 5.0))
+
+
+def test_shapes_of_the_papers_sizes():
+    image = torch.zeros(2, 3, 64, 64, 3)
+    encoder, decoder = models.ConvEncoder(32), models.ConvDecoder(230, 32)
+    assert encoder(image).shape == (2, 3, 1024)
+    out = decoder(torch.zeros(2, 3, 230))
+    assert out.mean.shape == image.shape
+    assert out.log_prob(image).shape == (2, 3)
+    widths = [tuple(m.weight.shape) for m in encoder.net if isinstance(m, nn.Conv2d)]
+    assert widths == [(32, 3, 4, 4), (64, 32, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4)]
+    heads = [tuple(m.weight.shape) for m in decoder.net if isinstance(m, nn.ConvTranspose2d)]
+    assert heads == [(1024, 128, 5, 5), (128, 64, 5, 5), (64, 32, 6, 6), (32, 3, 6, 6)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_first_transposed_convolution_is_a_matrix_product(memory_format):
+    ours = models.ConvTransposeFromPixel(32, 8, 5, stride=2).to(memory_format=memory_format)
+    nn.init.normal_(ours.bias)
+    plain = nn.ConvTranspose2d(32, 8, 5, stride=2)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(7, 32, 1, 1)
+    torch.testing.assert_close(ours(x), plain(x))
+    for output, module in ((ours(x), ours), (plain(x), plain)):
+        output.square().sum().backward()
+        module.result = module.weight.grad, module.bias.grad
+    torch.testing.assert_close(ours.result, plain.result)
+
+
+def test_images_become_channels_last_without_a_copy():
+    image = torch.randn(2, 64, 64, 3)
+    view = image.flatten(0, -4).permute(0, 3, 1, 2)
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    assert view.data_ptr() == image.data_ptr()
+
+
+def glorot(fan_in, fan_out):
+    return math.sqrt(6 / (fan_in + fan_out))
+
+
+def test_weights_start_as_keras_starts_them():
+    rssm = models.RSSM(2, 64, stoch=30, deter=200, hidden=150).apply(models.init_as_keras)
+    encoder = models.ConvEncoder(32).apply(models.init_as_keras)
+    decoder = models.ConvDecoder(230, 32).apply(models.init_as_keras)
+    # Keras: fans of a (transposed) convolution count the kernel's pixels on both sides, and the
+    # gates of a GRU are one matrix of 3 * 200 outputs.
+    bounds = [
+        (rssm.img_in.weight, glorot(32, 150)),
+        (rssm.cell.weight_ih, glorot(150, 600)),
+        (encoder.net[2].weight, glorot(32 * 16, 64 * 16)),
+        (decoder.net[0].weight, glorot(1024 * 25, 128 * 25)),
+        (decoder.net[2].weight, glorot(128 * 25, 64 * 25)),
+        (decoder.dense.weight, glorot(230, 1024)),
+    ]
+    for weight, bound in bounds:
+        assert weight.abs().max().item() <= bound
+        assert weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    recurrent = rssm.cell.weight_hh
+    torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(200), atol=1e-5, rtol=0)
+    for module in (rssm, encoder, decoder):
+        assert all(not p.any() for name, p in module.named_parameters() if "bias" in name)
+
+
+def rssm_and_inputs(steps=5, batch=3):
+    rssm = models.RSSM(2, 12, stoch=4, deter=8, hidden=10).apply(models.init_as_keras)
+    return rssm, torch.randn(steps, batch, 12), torch.randn(steps, batch, 2)
+
+
+def test_observe_is_obs_step_after_obs_step():
+    rssm, embed, action = rssm_and_inputs(steps=1)
+    torch.manual_seed(1)
+    post, _ = rssm.observe(embed, action, rssm.initial(3))
+    torch.manual_seed(1)
+    step = rssm.obs_step(rssm.initial(3), action[0], embed[0])
+    for a, b in zip(post, step):
+        torch.testing.assert_close(a[0], b)
+
+
+def test_observe_against_the_equations_step_by_step():
+    rssm, embed, action = rssm_and_inputs()
+    torch.manual_seed(1)
+    post, prior = rssm.observe(embed, action, rssm.initial(3))
+    torch.manual_seed(1)
+    noise = torch.randn(5, 3, 4)
+    stoch, deter = torch.zeros(3, 4), torch.zeros(3, 8)
+    for t in range(5):
+        x = nn.functional.elu(rssm.img_in(torch.cat([stoch, action[t]], -1)))
+        deter = rssm.cell(x, deter)
+        mean, std = rssm.img_out(deter).chunk(2, -1)
+        torch.testing.assert_close(prior.mean[t], mean)
+        torch.testing.assert_close(prior.std[t], nn.functional.softplus(std) + 0.1)
+        y = nn.functional.elu(rssm.obs_in(torch.cat([deter, embed[t]], -1)))
+        mean, std = rssm.obs_out(y).chunk(2, -1)
+        std = nn.functional.softplus(std) + 0.1
+        stoch = mean + std * noise[t]
+        for actual, expected in zip(post.map(lambda x, t=t: x[t]), (stoch, deter, mean, std)):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_img_step_gives_the_prior_that_observe_gives():
+    rssm, embed, action = rssm_and_inputs()
+    post, prior = rssm.observe(embed, action, rssm.initial(3))
+    state = rssm.img_step(post.map(lambda x: x[2]), action[3])
+    torch.testing.assert_close(state.mean, prior.mean[3])
+    torch.testing.assert_close(state.std, prior.std[3])
+    torch.testing.assert_close(state.deter, prior.deter[3])
+
+
+def test_a_later_frame_changes_no_earlier_state():
+    rssm, embed, action = rssm_and_inputs()
+    changed = embed.clone()
+    changed[3] += 1
+    torch.manual_seed(1)
+    one, _ = rssm.observe(embed, action, rssm.initial(3))
+    torch.manual_seed(1)
+    two, _ = rssm.observe(changed, action, rssm.initial(3))
+    torch.testing.assert_close(one.stoch[:3], two.stoch[:3])
+    assert not torch.equal(one.stoch[3], two.stoch[3])
+
+
+def test_features_are_stoch_then_deter():
+    state = models.State(torch.ones(2, 3), torch.zeros(2, 5), None, None)
+    torch.testing.assert_close(state.feature, torch.tensor([[1.0] * 3 + [0.0] * 5] * 2))
