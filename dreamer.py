@@ -14,6 +14,7 @@ Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/ab
 """
 
 import argparse
+import errno
 import json
 import math
 import sys
@@ -888,11 +889,16 @@ class Trainer:
         utils.save_checkpoint(folder / f"{self.progress.step}.pt", state)
         utils.prune_checkpoints(folder, keep=3, best=self.progress.best_step)
 
+    def forget_episodes(self, but: list[str]) -> None:
+        """Removes episodes newer than the checkpoint: they will be collected again, the same."""
+        for path in (self.folder / "episodes").glob("*.npz"):
+            if path.name not in but:
+                path.unlink()
+
     def restore(self, state: dict) -> None:
         """Goes on from a checkpoint: fills the replay from the run's episodes.
 
-        A damaged episode is moved to `episodes/damaged/` and named. Episodes newer than the
-        checkpoint are removed: they will be collected again, the same.
+        A damaged episode is moved to `episodes/damaged/` and named.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.
@@ -904,8 +910,6 @@ class Trainer:
         self.metrics.load_state_dict(state["metrics"])
         self.files = state["files"]
         folder = self.folder / "episodes"
-        for path in set(folder.glob("*.npz")) - {folder / name for name in state["episodes"]}:
-            path.unlink()
         for name in state["episodes"]:
             try:
                 self.replay.add(replay_buffer.load_episode(folder / name, self.agent.actions))
@@ -1028,19 +1032,22 @@ def train_command(modes: dict, given: dict) -> None:
         raise utils.RunError(f"no run to restore at {folder}")
     saved = json.loads(settings.read_text()) if settings.exists() else None
     config = resolve(given, saved)
-    for name in ("episodes", "checkpoints"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        utils.clear_temporaries(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
     with utils.run_lock(folder), utils.StopSignal(config.max_hours) as stop:
+        for name in ("episodes", "checkpoints", "videos"):
+            (folder / name).mkdir(exist_ok=True)
+            utils.clear_temporaries(folder / name)
         utils.write_json(settings, asdict(config))
         describe(config, folder)
         trainer = Trainer(config, folder, stop)
         print(f"replay: up to {trainer.replay.capacity} frames", flush=True)
         if modes.get("restore"):
             path = modes.get("checkpoint_path") or newest_checkpoint(folder)
-            if path:
-                trainer.restore(utils.load_checkpoint(Path(path)))
-                print(f"going on from {path}", flush=True)
+            state = utils.load_checkpoint(Path(path)) if path else None
+            trainer.forget_episodes(but=state["episodes"] if state else [])
+            if state:
+                trainer.restore(state)
+            print(f"going on from {path or 'the start'}", flush=True)
         trainer.run()
 
 
@@ -1110,12 +1117,18 @@ def main(argv: list[str] | None = None) -> int:
         elif modes.get("evaluate"):
             evaluate_command(modes, given)
         else:
-            raise utils.RunError("nothing to do: give --train, --evaluate or --benchmark")
+            raise utils.RunError("nothing to do: give --train, or --evaluate --restore")
     except utils.Stopped as stopped:
         print(f"stopped by {stopped}; --train --restore goes on from here")
         return stopped.code
     except USER_ERRORS as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        print(f"dreamer.py: error: {error.strerror}{place}", file=sys.stderr)
         return 2
     return 0
 
@@ -1127,6 +1140,7 @@ USER_ERRORS = (
     env_wrapper.NoRenderer,
     replay_buffer.ReplayError,
 )
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,10 +9,10 @@ reward that led to it; row 0 has a zero action and a zero reward.
     discount (T + 1,) float32: 0 where the task itself ended, 1 everywhere else, at a time limit too
 """
 
+import io
 import os
 import uuid
 import zipfile
-import zlib
 from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,14 +35,18 @@ def save_episode(folder: Path, episode: dict) -> str:
 
     The file is whole or absent: it is written to a temporary name, flushed, then renamed.
     """
-    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
+    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")  # noqa: UP017 (Python 3.10)
     name = f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
     temporary = folder / f".{name}.tmp"
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **episode)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / name)
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **episode)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return name
 
 
@@ -53,10 +57,12 @@ def load_episode(path: Path, actions: int) -> dict:
         DamagedEpisode: cut short, empty, foreign, of another shape or type, or pickled.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            episode = {key: file[key] for key in KEYS}
-    except (OSError, KeyError, ValueError, EOFError, AttributeError, TypeError,
-            NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        with zipfile.ZipFile(path) as archive:
+            # Whole members, so that their checksums are compared; `np.load` may read too little.
+            members = {key: io.BytesIO(archive.read(f"{key}.npy")) for key in KEYS}
+        read = np.lib.format.read_array
+        episode = {key: read(member, allow_pickle=False) for key, member in members.items()}
+    except Exception as error:  # damage provokes whatever the parsers of zip and npy can raise
         raise DamagedEpisode(f"{type(error).__name__}: {error}") from error
     rows = len(episode["reward"]) if episode["reward"].ndim else 0
     expected = {

@@ -132,7 +132,7 @@ def set_random_state(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda"]])
@@ -147,7 +147,8 @@ def seed_everything(seed: int) -> None:
 
 def stream_seed(*key: int) -> int:
     """A seed for the stream that the integers `key` name; different keys share nothing."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    # A seed sequence pads with zeros: the length tells (1,) from (1, 0).
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 @contextmanager
@@ -221,8 +222,10 @@ def run_lock(folder: Path):
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise RunError(f"the run {folder} is in use by another process") from None
+            except OSError:  # a file system without locks, as some network mounts are
+                pass
         yield
 
 
@@ -265,7 +268,6 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.folder = folder
-        (folder / "videos").mkdir(exist_ok=True)
         sizes = state or {}
         for path in self._files():
             size = sizes.get(path.name, 0)
@@ -343,7 +345,11 @@ class ProgressBar:
 def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     """A looping GIF of `frames` (T, height, width, 3) uint8."""
     buffer = io.BytesIO()
-    imageio.imwrite(buffer, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+    # GIF counts in hundredths of a second: each frame ends at the nearest one.
+    ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
+    milliseconds = (10 * np.diff(ends)).astype(int).tolist()
+    options = {"extension": ".gif", "plugin": "pillow", "loop": 0}
+    imageio.imwrite(buffer, frames, duration=milliseconds, **options)
     return buffer.getvalue()
 
 

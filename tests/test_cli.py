@@ -1,0 +1,424 @@
+"""The commands of the README on tiny runs of the real suite, and every error that a user can mend."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHORT_RUN, flags
+
+import dreamer
+import utils
+
+
+def run(*words) -> int:
+    """The exit code of `python dreamer.py <words>`, run in this process."""
+    try:
+        return dreamer.main([str(word) for word in words])
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
+def train(logdir, *words, **more) -> int:
+    return run("--train", *flags(**{**SHORT_RUN, "logdir": logdir, **more}), *words)
+
+
+def folder(logdir, env="cartpole-balance", algo="Dreamerv1", exp="default", seed=1):
+    return logdir / env / algo / exp / str(seed)
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(path) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows(path)]
+
+
+def last_state(path) -> dict:
+    return utils.load_checkpoint(utils.checkpoints(path / "checkpoints")[-1])
+
+
+def assert_same(a, b):
+    """Equal to the last bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b or a != a
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole tiny run: prefill, four iterations, two evaluations."""
+    logdir = tmp_path_factory.mktemp("runs")
+    assert train(logdir) == 0
+    return logdir
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    path = folder(finished)
+    names = {p.name for p in path.iterdir()}
+    assert {"config.json", "metrics.jsonl", "episodes", "checkpoints", "videos", "lock"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    config = json.loads((path / "config.json").read_text())
+    assert config["preset"] == "small" and config["free_nats"] == 3.0
+    episodes = sorted((path / "episodes").iterdir())
+    assert len(episodes) == 6
+    for episode in episodes:
+        assert re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{32}-20\.npz", episode.name)
+    assert [p.stem for p in utils.checkpoints(path / "checkpoints")][-1] == "240"
+    videos = {p.name for p in (path / "videos").iterdir()}
+    assert videos == {f"{n}-{s}.gif" for n in ("evaluation", "open_loop") for s in (120, 240)}
+
+
+def test_every_scalar_of_the_glossary_is_written(finished):
+    found = {name for row in rows(folder(finished)) for name in row}
+    assert found >= {
+        "step", "train/return", "eval/return_mean", "eval/return_std", "eval/return_min",
+        "eval/return_max", "loss/world", "loss/image", "loss/reward", "loss/actor", "loss/value",
+        "kl", "entropy/prior", "entropy/posterior", "entropy/policy", "grad_norm/world",
+        "grad_norm/actor", "grad_norm/value", "time/collect_fps", "time/sample_ms",
+        "time/update_ms", "replay/gigabytes", "policy/saturated",
+    }  # fmt: skip
+
+
+def test_evaluate_prints_writes_and_repeats(finished, capsys):
+    words = ["--evaluate", "--restore", *flags(env="cartpole-balance", logdir=finished)]
+    assert run(*words, "--eval-episodes", 3) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"episode \d: return", out)) == 3 and "±" in out
+    result = json.loads((folder(finished) / "evaluation-240.json").read_text())
+    returns = [e["return"] for e in result["episodes"]]
+    assert result["return_mean"] == pytest.approx(np.mean(returns))
+    for name, size in (("best", 256), ("worst", 256)):
+        gif = imageio.imread(folder(finished) / "videos" / f"evaluation-240-{name}.gif", index=None)
+        assert gif.shape[1:] == (size, size, 3) and len(gif) > 5
+        assert any((a != b).any() for a, b in zip(gif, gif[1:]))
+    assert (folder(finished) / "videos" / "evaluation-240-dream.gif").exists()
+    assert run(*words, "--eval-episodes", 3) == 0
+    again = json.loads((folder(finished) / "evaluation-240.json").read_text())
+    assert again["episodes"] == result["episodes"]
+
+
+def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
+    state = last_state(folder(finished))
+    config = dreamer.Config(**state["config"])
+    agent = dreamer.Dreamer(config, 1, torch.device("cpu"))
+    dreamer.load_agent(agent, state)
+    with utils.StopSignal() as stop:
+        episode = dreamer.evaluate(agent, config.env, config, 2, stop)[1]
+    seen = []
+    step = dreamer.env_wrapper.ControlSuite.step
+
+    def spy(self, action):
+        result = step(self, action)
+        seen.append(result[0])
+        return result
+
+    monkeypatch.setattr(dreamer.env_wrapper.ControlSuite, "step", spy)
+    dreamer.film(config.env, config, episode)
+    assert np.array_equal(np.stack(seen), episode["image"][1:])
+
+
+def test_evaluate_a_given_checkpoint_under_another_name(finished):
+    path = utils.checkpoints(folder(finished) / "checkpoints")[0]
+    words = flags(env="cartpole_balance", algo="dreamerv1", exp="eval", logdir=finished)
+    code = run(*words, "--evaluate", "--restore", "--checkpoint_path", path, "--eval_episodes=1")
+    assert code == 0
+    written = folder(finished, exp="eval") / f"evaluation-{path.stem}.json"
+    assert json.loads(written.read_text())["checkpoint"] == str(path)
+
+
+def test_a_run_that_was_extended_equals_one_that_was_never_stopped(finished, tmp_path):
+    assert train(tmp_path, total_steps=160) == 0
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=240)
+    assert run("--train", "--restore", *words) == 0
+    one, two = last_state(folder(finished)), last_state(folder(tmp_path))
+    for key in ("agent", "random"):
+        assert_same(one[key], two[key])
+
+
+@pytest.mark.parametrize("moment", [1, 30, 47, 50, 75, 101, 160])
+def test_a_run_stopped_anywhere_equals_one_that_was_never_stopped(
+    finished, tmp_path, monkeypatch, moment
+):
+    """The stop comes at the n-th look at the signal: in the prefill, an episode, between
+    gradient steps, in an evaluation."""
+    check, looks = utils.StopSignal.check, []
+
+    def stop_once(self):
+        looks.append(self)
+        if len(looks) == moment:
+            raise utils.Stopped("SIGTERM", 143)
+        check(self)
+
+    monkeypatch.setattr(utils.StopSignal, "check", stop_once)
+    assert train(tmp_path) == 143
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    assert run("--train", "--restore", *words) == 0
+    one, two = last_state(folder(finished)), last_state(folder(tmp_path))
+    for key in ("agent", "random", "every"):
+        assert_same(one[key], two[key])
+    assert without_times(folder(finished)) == without_times(folder(tmp_path))
+    assert len(list((folder(tmp_path) / "episodes").iterdir())) == 6
+
+
+def test_restore_without_a_checkpoint_starts_again_and_is_the_same(finished, tmp_path):
+    """Killed in the prefill: no checkpoint yet, and left-over files of all kinds."""
+    path = folder(tmp_path)
+    assert train(tmp_path, total_steps=80, checkpoint_interval=0) == 0
+    for checkpoint in (path / "checkpoints").iterdir():
+        checkpoint.unlink()
+    (path / "episodes" / ".half.npz.tmp").write_bytes(b"half")
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=240)
+    assert run("--train", "--restore", *words) == 0
+    assert_same(last_state(folder(finished))["agent"], last_state(path)["agent"])
+    assert len(list((path / "episodes").iterdir())) == 6
+
+
+@pytest.mark.parametrize("action_repeat", [1, 3, 6])
+def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
+    due = {"eval_interval": 80, "checkpoint_interval": 80, "time_limit": 40}
+    assert train(tmp_path, action_repeat=action_repeat, video_interval=0, **due) == 0
+    steps = [r["step"] for r in rows(folder(tmp_path)) if "eval/return_mean" in r]
+    assert steps == [80, 160, 240]
+    assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) == 3
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "dreamer.py").read_text()
+    identity = {"logdir", "env", "algo", "exp", "seed"}
+    for field in dataclasses.fields(dreamer.Config):
+        uses = re.findall(rf"\b(?:c|config|self\.config)\.{field.name}\b", source)
+        assert uses, f"--{field.name} is parsed and never read"
+    assert identity <= {f.name for f in dataclasses.fields(dreamer.Config)}
+
+
+def test_the_algorithms_differ_in_one_table():
+    v1 = dreamer.resolve({"algo": "Dreamerv1"})
+    v2 = dreamer.resolve({"algo": "Dreamerv2"})
+    differ = {k for k, v in vars(v1).items() if v != vars(v2)[k]}
+    assert differ == {"algo", "free_nats", "kl_balance"}
+    assert (v1.free_nats, v1.kl_balance, v2.free_nats, v2.kl_balance) == (3.0, None, 0.0, 0.8)
+
+
+def test_flags_override_tables_and_take_underscores():
+    modes, given = dreamer.parse(
+        ["--train", "--batch_size", "7", "--free-nats=1", "--kl_balance", "none", "--no-gpu",
+         "--test-interval", "500", "--exp-name", "x", "--algo", "DREAMERV2"]
+    )  # fmt: skip
+    config = dreamer.resolve(given)
+    assert modes == {"train": True}
+    assert (config.batch_size, config.free_nats, config.kl_balance) == (7, 1.0, None)
+    assert (config.device, config.eval_interval, config.exp) == ("cpu", 500, "x")
+    assert config.algo == "Dreamerv2"
+
+
+def test_the_full_preset_has_the_papers_values():
+    c = dreamer.resolve({"preset": "full", "device": "cpu"})
+    assert (c.batch_size, c.train_seq_len, c.imagine_horizon) == (50, 50, 15)
+    assert (c.deter_size, c.stoch_size, c.hidden_size, c.num_units) == (200, 30, 200, 400)
+    assert (c.model_learning_rate, c.actor_learning_rate, c.value_learning_rate) == (
+        6e-4, 8e-5, 8e-5,
+    )  # fmt: skip
+
+
+def test_help_is_short_enough_to_read(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert text.count("\n") < 110
+    for field in dataclasses.fields(dreamer.Config):
+        assert "--" + field.name.replace("_", "-") in text
+
+
+# ----------------------------------------------------------------------- errors of the user
+
+
+def error_line(capsys, code, *words) -> str:
+    """Runs a command that must fail with one line and exit code 2."""
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+    return lines[0]
+
+
+def test_unknown_task(capsys):
+    error_line(capsys, run("--train", "--env", "walker-wolk"), "walker-walk")
+
+
+def test_unknown_algorithm(capsys):
+    error_line(capsys, run("--train", "--algo", "Dreamerv9"), "Dreamerv1")
+
+
+def test_abbreviated_flag(capsys):
+    error_line(capsys, run("--train", "--batch", "3"), "--batch")
+
+
+def test_no_mode(capsys):
+    error_line(capsys, run(), "--train")
+
+
+def test_run_that_exists(finished, capsys):
+    error_line(capsys, train(finished), "--restore", "--exp")
+
+
+def test_restore_of_no_run(tmp_path, capsys):
+    error_line(capsys, run("--train", "--restore", "--logdir", tmp_path), "no run")
+
+
+def test_evaluate_without_a_checkpoint(tmp_path, capsys):
+    error_line(capsys, run("--evaluate", "--restore", "--logdir", tmp_path), "no checkpoint")
+    error_line(capsys, run("--evaluate", "--logdir", tmp_path), "--restore")
+    words = ("--evaluate", "--restore", "--checkpoint-path", tmp_path / "none.pt")
+    error_line(capsys, run(*words), "none.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 cut"])
+def test_a_file_that_is_no_checkpoint(tmp_path, capsys, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    code = run("--evaluate", "--restore", "--checkpoint-path", path)
+    error_line(capsys, code, "x.pt", "not a checkpoint")
+
+
+def test_a_checkpoint_of_another_shape(finished, tmp_path, capsys):
+    path = utils.checkpoints(folder(finished) / "checkpoints")[-1]
+    words = flags(env="walker-walk", checkpoint_path=path, logdir=tmp_path)
+    code = run("--evaluate", "--restore", *words)
+    error_line(capsys, code, "action dimensions", "cartpole-balance")
+
+
+def test_flags_that_contradict_the_saved_run(finished, capsys):
+    words = flags(env="cartpole-balance", logdir=finished, batch_size=9, discount=0.5)
+    line = error_line(capsys, run("--train", "--restore", *words))
+    assert "--batch-size 9 (saved: 4)" in line and "--discount 0.5 (saved: 0.99)" in line
+
+
+def test_a_sequence_longer_than_an_episode(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, train_seq_len=30), "--train-seq-len", "--time-limit")
+    assert not any(tmp_path.iterdir())
+
+
+def test_fp16_on_a_cpu(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, precision="fp16", device="cpu"), "CUDA")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has the device")
+def test_cuda_where_there_is_none(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, device="cuda"), "--device cpu")
+
+
+def test_a_run_in_use(finished, capsys):
+    with utils.run_lock(folder(finished)):
+        words = flags(env="cartpole-balance", logdir=finished, total_steps=280)
+        code = run("--train", "--restore", *words)
+    error_line(capsys, code, "in use", str(folder(finished)))
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "episode.npz")
+
+    monkeypatch.setattr(dreamer.replay_buffer, "save_episode", full)
+    error_line(capsys, train(tmp_path), "No space left on device")
+
+
+def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):
+    assert train(tmp_path, total_steps=160) == 0
+    episodes = sorted((folder(tmp_path) / "episodes").iterdir())
+    episodes[0].write_bytes(episodes[0].read_bytes()[:200])
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=200)
+    capsys.readouterr()
+    assert run("--train", "--restore", *words) == 0
+    assert episodes[0].name in capsys.readouterr().out
+    assert (folder(tmp_path) / "episodes" / "damaged" / episodes[0].name).exists()
+    assert rows(folder(tmp_path))[-1]["step"] == 200
+
+
+def test_no_episode_left(tmp_path, capsys):
+    assert train(tmp_path, total_steps=160) == 0
+    for episode in (folder(tmp_path) / "episodes").iterdir():
+        episode.write_bytes(b"")
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=200)
+    error_line(capsys, run("--train", "--restore", *words), "episode")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    update = dreamer.Dreamer.update
+
+    def broken(self, batch):
+        metrics = update(self, batch)
+        if self.broken == 0:
+            metrics["loss/value"] = metrics["loss/value"] * float("nan")
+        self.broken -= 1
+        return metrics
+
+    monkeypatch.setattr(dreamer.Dreamer, "broken", 5, raising=False)
+    monkeypatch.setattr(dreamer.Dreamer, "update", broken)
+    line = error_line(capsys, train(tmp_path), "gradient step 5", "value")
+    batch = np.load(re.search(r"\S+\.npz", line)[0])
+    assert batch["image"].shape == (6, 4, 64, 64, 3)
+    assert last_state(folder(tmp_path))["progress"]["updates"] <= 5
+
+
+# ------------------------------------------------------------------------- real processes
+
+
+def start(logdir, *words):
+    command = [sys.executable, "dreamer.py", "--train", *flags(**SHORT_RUN, logdir=logdir), *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_real_process_and_the_run_goes_on(tmp_path, number):
+    process = start(tmp_path, "--total-steps=100000")
+    metrics = folder(tmp_path) / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+        metrics.exists() and "loss/world" in metrics.read_text()
+    ):
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, out
+    assert "--restore goes on" in out
+    assert utils.checkpoints(folder(tmp_path) / "checkpoints")
+    step = last_state(folder(tmp_path))["progress"]["step"]
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=step + 40)
+    assert run("--train", "--restore", *words) == 0
+
+
+def test_the_plain_script_says_what_is_wrong_without_a_traceback():
+    result = subprocess.run(
+        [sys.executable, "dreamer.py", "--train", "--env", "nonsense-task"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "nonsense-task" in result.stderr
+
+
+def test_max_hours_stops_cleanly(tmp_path):
+    assert train(tmp_path, max_hours=1e-6) == 0
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    assert run("--train", "--restore", *words) == 0
+    assert rows(folder(tmp_path))[-1]["step"] == 240
