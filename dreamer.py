@@ -775,10 +775,7 @@ class Trainer:
         c = self.config
         seed = (c.seed, REPLAY, number)
         batch = self.replay.sample(c.batch_size, c.train_seq_len, seed)
-        return {
-            key: torch.from_numpy(value).to(self.device, None if key == "image" else self.agent.dtype)
-            for key, value in batch.items()
-        }
+        return {key: torch.from_numpy(value).to(self.device) for key, value in batch.items()}
 
     def check_losses(self) -> None:
         """Stops the run at the first loss that is not finite; the batch is saved.
@@ -971,9 +968,8 @@ def make_parser() -> argparse.ArgumentParser:
             options["choices"] = f.metadata.get("choices")
             options["metavar"] = None if options["choices"] else "X"
         group.add_argument("--" + f.name.replace("_", "-"), *f.metadata["aliases"], **options)
-    groups["run"].add_argument(
-        "--no-gpu", action="store_const", const="cpu", dest="device", help="the same as --device cpu"
-    )
+    no_gpu = {"action": "store_const", "const": "cpu", "dest": "device"}
+    groups["run"].add_argument("--no-gpu", help="the same as --device cpu", **no_gpu)
     return parser
 
 

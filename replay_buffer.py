@@ -35,7 +35,7 @@ def save_episode(folder: Path, episode: dict) -> str:
 
     The file is whole or absent: it is written to a temporary name, flushed, then renamed.
     """
-    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")  # noqa: UP017 (Python 3.10)
+    now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
     name = f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
     temporary = folder / f".{name}.tmp"
     try:
@@ -113,7 +113,8 @@ class ReplayBuffer:
     @property
     def gigabytes(self) -> float:
         """What the rows in use take, in 10^9 bytes."""
-        return sum(array.nbytes for array in self._arrays.values()) * self.rows / self.capacity / 1e9
+        total = sum(array.nbytes for array in self._arrays.values())
+        return total * self.rows / self.capacity / 1e9
 
     def __len__(self) -> int:
         """Episodes in memory."""

@@ -209,8 +209,8 @@ def interval(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def remarks(groups: list[Group]) -> list[str]:
     """What is not as one would expect: several settings, a seed twice, seeds of other lengths."""
     lines = []
-    for (task, algo), siblings in groupby(groups, key=lambda group: (group.task, group.algo)):
-        siblings = list(siblings)
+    for (task, algo), found in groupby(groups, key=lambda group: (group.task, group.algo)):
+        siblings = list(found)
         if len(siblings) > 1:
             labels = "; ".join(group.differ for group in siblings)
             lines.append(f"{task} {algo}: {len(siblings)} settings, kept apart: {labels}")

@@ -34,7 +34,7 @@ def all_have_gradients(network) -> bool:
 def test_each_loss_trains_its_network_and_no_other(make_agent, make_batch):
     agent = make_agent()
     losses = {}
-    losses["world"], post, metrics = agent.model_loss(make_batch(agent.config))
+    losses["world"], post, _ = agent.model_loss(make_batch(agent.config))
     behaviour, _ = agent.behaviour_losses(post)
     losses.update(behaviour)
     for name in ("world", "value", "actor"):

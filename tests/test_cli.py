@@ -1,4 +1,4 @@
-"""The commands of the README on tiny runs of the real suite, and every error that a user can mend."""
+"""The commands of the README on tiny runs of the real suite; every error that a user can mend."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import imageio.v3 as imageio
 import numpy as np
@@ -109,7 +110,7 @@ def test_evaluate_prints_writes_and_repeats(finished, capsys):
     for name, size in (("best", 256), ("worst", 256)):
         gif = imageio.imread(folder(finished) / "videos" / f"evaluation-240-{name}.gif", index=None)
         assert gif.shape[1:] == (size, size, 3) and len(gif) > 5
-        assert any((a != b).any() for a, b in zip(gif, gif[1:]))
+        assert any((a != b).any() for a, b in pairwise(gif))
     assert (folder(finished) / "videos" / "evaluation-240-dream.gif").exists()
     assert run(*words, "--eval-episodes", 3) == 0
     again = json.loads((folder(finished) / "evaluation-240.json").read_text())

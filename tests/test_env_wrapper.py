@@ -106,7 +106,7 @@ def test_every_task_of_the_suite_can_be_played():
             assert isinstance(reward, float) and np.isfinite(reward)
             assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
             assert env.action_space.dtype == np.float32
-        except Exception as error:  # noqa: BLE001 (all failures in one go)
+        except Exception as error:
             failures[name] = f"{type(error).__name__}: {error}"
     assert not failures
 

@@ -35,7 +35,7 @@ def test_v1_takes_the_mean_before_the_maximum():
 
 def test_free_nats_stop_the_gradient_of_v1():
     post, prior = normals(3, 4, 2), normals(3, 4, 2)
-    loss, kl = dreamer.kl_loss(post, prior, free_nats=kl_value(post, prior) + 1, balance=None)
+    loss, _ = dreamer.kl_loss(post, prior, free_nats=kl_value(post, prior) + 1, balance=None)
     loss.backward()
     assert not post.mean.grad.any() and not prior.mean.grad.any()
 

@@ -110,7 +110,7 @@ def test_references_by_word():
     assert len({row["task"] for row in everything}) == 5
     assert references() == [row for row in everything if "Dreamer" in row["method"]]
     assert plot.load_references(SCRIPT.with_name("reference_scores.csv"), []) == []
-    with pytest.raises(plot.PlotError, match="nonsense.*DrQ-v2"):
+    with pytest.raises(plot.PlotError, match=r"nonsense.*DrQ-v2"):
         plot.load_references(SCRIPT.with_name("reference_scores.csv"), ["nonsense"])
 
 
