@@ -59,7 +59,7 @@ PRESETS = {
         "update_steps": 250, "pretrain_steps": 250,
         "batch_size": 4, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
-        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 3e-5, "value_learning_rate": 1e-4,
     },
 }  # fmt: skip
 
