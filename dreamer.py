@@ -191,7 +191,10 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
         on_gpu = pick_device(config.device).type == "cuda"
         if config.preset == "auto":
             config.preset = "full" if on_gpu else "small"
-        for name, value in {**PRESETS[config.preset], **ALGORITHMS[config.algo]}.items():
+        # The replay's size is settled once: a restored run must forget the same episodes.
+        memory = {"buffer_gb": round(utils.free_memory_gb() / 2, 1)}
+        table = {**PRESETS[config.preset], **ALGORITHMS[config.algo], **memory}
+        for name, value in table.items():
             if name not in given:
                 setattr(config, name, value)
     check(config)
@@ -706,13 +709,13 @@ class Trainer:
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
         c = self.config
-        # As much as the run can fill: an episode has one row more than it has actions.
-        episode = math.ceil(c.time_limit / c.action_repeat) + 1
-        needed = (c.total_steps + c.seed_steps) // c.action_repeat
-        needed += episode * (2 + needed // (episode - 1))
-        budget = c.buffer_gb or utils.free_memory_gb() / 2
-        rows = min(needed, replay_buffer.ReplayBuffer.rows_for(budget, actions))
-        return replay_buffer.ReplayBuffer(rows, actions)
+        # As much as the run can fill: an episode has one row more than it has actions, and the
+        # last may run past the run's end.
+        actions_an_episode = math.ceil(c.time_limit / c.action_repeat)
+        needed = math.ceil(c.total_steps / c.action_repeat) + actions_an_episode
+        needed += math.ceil(needed / actions_an_episode)
+        rows = replay_buffer.ReplayBuffer.rows_for(c.buffer_gb, actions)
+        return replay_buffer.ReplayBuffer(min(needed, rows), actions)
 
     # ----------------------------------------------------------------- the loop
 
@@ -1039,7 +1042,7 @@ def train_command(modes: dict, given: dict) -> None:
         utils.write_json(settings, asdict(config))
         describe(config, folder)
         trainer = Trainer(config, folder, stop)
-        print(f"replay: up to {trainer.replay.capacity} frames", flush=True)
+        print(f"replay: {trainer.replay}", flush=True)
         if modes.get("restore"):
             path = modes.get("checkpoint_path") or newest_checkpoint(folder)
             state = utils.load_checkpoint(Path(path)) if path else None

@@ -120,6 +120,10 @@ class ReplayBuffer:
         """Episodes in memory."""
         return len(self._episodes)
 
+    def __str__(self) -> str:
+        total = sum(array.nbytes for array in self._arrays.values())
+        return f"room for {self.capacity} rows, {total / 1e9:.2f} GB"
+
     def add(self, episode: dict) -> None:
         """Adds an episode; the oldest leave where there is no room.
 
