@@ -37,6 +37,7 @@ from models import (
     ConvEncoder,
     DenseDecoder,
     State,
+    UnitNormal,
     init_as_keras,
     kl_divergence,
 )
@@ -65,7 +66,7 @@ PRESETS = {
 
 
 def flag(default, help, *aliases, **options):
-    """A field of `Config` that is also a flag of the command line."""
+    """A field of `Config` that is also a flag; `group` begins a group, `minimum` is else 0."""
     return field(default=default, metadata={"help": help, "aliases": aliases, **options})
 
 
@@ -78,67 +79,68 @@ class Config:
     """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`)."""
 
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
-    algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2", group="run")
-    exp: str = flag("default", "name of the experiment", "--exp-name", group="run")
-    seed: int = flag(1, "random seed", group="run")
-    logdir: str = flag("runs", "where runs are kept", group="run")
-    preset: str = flag("auto", "sizes: full, small, or auto: full on CUDA, small on a CPU",
-                       choices=("auto", *PRESETS), group="run")  # fmt: skip
-    device: str = flag("auto", "cpu, cuda, or auto", group="run")
-    precision: str = flag("auto", "fp32, bf16, fp16, or auto: fp16 on a T4, bf16 on newer "
-                          "cards, fp32 on a CPU",
-                          choices=("auto", "fp32", "bf16", "fp16"), group="run")  # fmt: skip
+    algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2")
+    exp: str = flag("default", "name of the experiment", "--exp-name")
+    seed: int = flag(1, "random seed")
+    logdir: str = flag("runs", "where runs are kept")
+    preset: str = flag(
+        "auto", "sizes: full, small, or auto: full on CUDA, small on a CPU",
+        choices=("auto", *PRESETS),
+    )  # fmt: skip
+    device: str = flag("auto", "cpu, cuda, or auto")
+    precision: str = flag(
+        "auto", "fp32, bf16, fp16, or auto: fp16 on a T4, bf16 on newer cards, fp32 on a CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
 
-    total_steps: int = flag(100_000, "frames of the whole run", group="schedule")
-    seed_steps: int = flag(5000, "frames of random actions before training", group="schedule")
-    collect_steps: int = flag(1000, "frames collected in an iteration", group="schedule")
-    update_steps: int = flag(None, "gradient steps in an iteration", type=int, group="schedule")
-    pretrain_steps: int = flag(None, "gradient steps in the first iteration", type=int,
-                               group="schedule")  # fmt: skip
-    eval_interval: int = flag(10_000, "frames between evaluations; 0: none but the last",
-                              "--test-interval", group="schedule")  # fmt: skip
-    eval_episodes: int = flag(10, "episodes of an evaluation", "--test-episodes",
-                              group="schedule")  # fmt: skip
-    checkpoint_interval: int = flag(5000, "frames between checkpoints", group="schedule")
-    video_interval: int = flag(50_000, "frames between videos; 0: none", group="schedule")
-    max_hours: float = flag(None, "stop cleanly after so many hours", type=float, group="schedule")
+    total_steps: int = flag(100_000, "frames of the whole run", group="schedule", minimum=1)
+    seed_steps: int = flag(5000, "frames of random actions before training", minimum=1)
+    collect_steps: int = flag(1000, "frames collected in an iteration", minimum=1)
+    update_steps: int = flag(None, "gradient steps in an iteration")
+    pretrain_steps: int = flag(None, "gradient steps in the first iteration")
+    eval_interval: int = flag(
+        10_000, "frames between evaluations; 0: none but the last", "--test-interval"
+    )
+    eval_episodes: int = flag(10, "episodes of an evaluation", "--test-episodes", minimum=1)
+    checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: only the last and best")
+    video_interval: int = flag(50_000, "frames between videos, made at evaluations; 0: none")
+    max_hours: float = flag(None, "stop cleanly after so many hours")
 
-    action_repeat: int = flag(2, "frames an action is held", group="environment")
-    time_limit: int = flag(1000, "frames of an episode", group="environment")
-    action_noise: float = flag(0.3, "std of the noise added to collected actions",
-                               group="environment")  # fmt: skip
-    buffer_gb: float = flag(None, "memory of the replay, in GB (default: by free memory)",
-                            type=float, group="environment")  # fmt: skip
+    action_repeat: int = flag(2, "frames an action is held", group="environment", minimum=1)
+    time_limit: int = flag(1000, "frames of an episode", minimum=1)
+    action_noise: float = flag(0.3, "std of the noise added to collected actions")
+    buffer_gb: float = flag(
+        None, "memory of the replay, in 10^9 bytes (half of what is free)", minimum=0.001
+    )
 
-    batch_size: int = flag(None, "sequences in a batch", type=int, group="sizes")
-    train_seq_len: int = flag(None, "steps of a sequence", type=int, group="sizes")
-    deter_size: int = flag(None, "deterministic state of the RSSM", type=int, group="sizes")
-    stoch_size: int = flag(None, "stochastic state of the RSSM", type=int, group="sizes")
-    hidden_size: int = flag(None, "hidden layers of the RSSM", type=int, group="sizes")
-    num_units: int = flag(None, "hidden layers of actor, value and reward", type=int, group="sizes")
-    cnn_depth: int = flag(None, "channels of the first convolution", type=int, group="sizes")
-    imagine_horizon: int = flag(None, "imagined steps", type=int, group="sizes")
+    batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
+    train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
+    deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
+    stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
+    hidden_size: int = flag(None, "hidden layers of the RSSM", minimum=1)
+    num_units: int = flag(None, "hidden layers of actor, value and reward", minimum=1)
+    cnn_depth: int = flag(None, "channels of the first convolution", minimum=1)
+    imagine_horizon: int = flag(None, "imagined steps", minimum=2)
 
     discount: float = flag(0.99, "discount of a step of the agent", group="objective")
-    td_lambda: float = flag(0.95, "lambda of the returns", group="objective")
-    free_nats: float = flag(None, "KL below which the model is not pushed", type=float,
-                            group="objective")  # fmt: skip
-    kl_balance: float = flag(None, "share of the KL that trains the prior; none: no balancing",
-                             type=number_or_none, group="objective")  # fmt: skip
-    kl_scale: float = flag(1.0, "weight of the KL in the model's loss", group="objective")
-    actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start",
-                                 group="objective")  # fmt: skip
-    use_disc_model: bool = flag(False, "predict continuation instead of a constant discount",
-                                group="objective")  # fmt: skip
-    disc_loss_coeff: float = flag(10.0, "weight of the continuation loss", group="objective")
-    model_learning_rate: float = flag(None, "of the world model", type=float, group="objective")
-    actor_learning_rate: float = flag(None, "of the actor", type=float, group="objective")
-    value_learning_rate: float = flag(None, "of the value", type=float, group="objective")
-    adam_epsilon: float = flag(1e-7, "of the three optimizers", group="objective")
-    grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped", group="objective")
+    td_lambda: float = flag(0.95, "lambda of the returns")
+    free_nats: float = flag(None, "KL below which the model is not pushed, in nats")
+    kl_balance: float = flag(
+        None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
+    )
+    kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
+    actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
+    use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
+    disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
+    model_learning_rate: float = flag(None, "of the world model")
+    actor_learning_rate: float = flag(None, "of the actor")
+    value_learning_rate: float = flag(None, "of the value")
+    adam_epsilon: float = flag(1e-7, "of the three optimizers")
+    grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped")
 
 
-# What a restored run may change: nothing in it alters what an iteration computes.
+# What a restored run may change. Another device or precision rounds otherwise, so that only the
+# same ones go on bit for bit.
 MAY_CHANGE = {
     "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
     "checkpoint_interval", "video_interval", "max_hours",
@@ -153,19 +155,18 @@ def pick_device(name: str) -> torch.device:
     Raises:
         utils.RunError: it does not exist here.
     """
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise utils.RunError(f"--device {name}: there is no such kind of device") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise utils.RunError(f"--device {name}: PyTorch sees no CUDA device here; try --device cpu")
-    return device
+        return torch.device("cuda" if count else "cpu")
+    if name not in {"cpu", "cuda", *(f"cuda:{i}" for i in range(count))}:
+        raise utils.RunError(f"--device {name}: choose cpu, cuda or auto")
+    if name == "cuda" and not count:
+        raise utils.RunError("--device cuda: PyTorch sees no CUDA device here; try --device cpu")
+    return torch.device(name)
 
 
 def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHANGE)) -> Config:
-    """The configuration of a run: flags that were given, a saved run's, and the defaults.
+    """The configuration of a run: the defaults, under the saved run's, under the flags given.
 
     Args:
         given: field names to values, only of the flags that stood on the command line.
@@ -173,44 +174,52 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
         may_change: fields in which `given` may differ from `saved`.
 
     Raises:
-        utils.RunError: a flag contradicts the saved run, or two flags contradict each other.
+        utils.RunError: a flag contradicts the saved run, or cannot work.
     """
-    if saved is not None:
-        differ = [
-            f"--{name.replace('_', '-')} {value} (saved: {saved[name]})"
-            for name, value in given.items()
-            if name in saved and name not in may_change and value != saved[name]
-        ]
-        if differ:
-            raise utils.RunError("the run being restored has other settings: " + ", ".join(differ))
-        # The clock of --max-hours starts anew with every process.
-        kept = {k: v for k, v in saved.items() if k != "max_hours"}
-        config = Config(**{**kept, **given})
-    else:
-        config = Config(**given)
-        on_gpu = pick_device(config.device).type == "cuda"
-        if config.preset == "auto":
-            config.preset = "full" if on_gpu else "small"
-        # The replay's size is settled once: a restored run must forget the same episodes.
-        memory = {"buffer_gb": round(utils.free_memory_gb() / 2, 1)}
-        table = {**PRESETS[config.preset], **ALGORITHMS[config.algo], **memory}
-        for name, value in table.items():
-            if name not in given:
-                setattr(config, name, value)
+    defaults = {f.name: f.default for f in fields(Config)}
+    # Not kept are settings that this version does not know, and two more: a run may have been
+    # moved, and the clock of --max-hours starts anew with every process.
+    names = defaults.keys() - {"logdir", "max_hours"}
+    kept = {k: v for k, v in (saved or {}).items() if k in names}
+    kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
+    given = {k: v for k, v in given.items() if v != "auto" or k not in kept}
+    differ = [
+        f"--{name.replace('_', '-')} {value} (saved: {kept[name]})"
+        for name, value in given.items()
+        if name in kept and name not in may_change and value != kept[name]
+    ]
+    if differ:
+        raise utils.RunError("the run being restored has other settings: " + ", ".join(differ))
+    top = {**defaults, **kept, **given}
+    on_gpu = pick_device(top["device"]).type == "cuda"
+    if top["preset"] == "auto":
+        given["preset"] = top["preset"] = "full" if on_gpu else "small"
+    # The replay's size is settled once: a restored run must forget the same episodes.
+    memory = {"buffer_gb": round(utils.free_memory_gb() / 2, 1)}
+    tables = {**memory, **PRESETS[top["preset"]], **ALGORITHMS[top["algo"]]}
+    config = Config(**{**defaults, **tables, **kept, **given})
     check(config)
     return config
 
 
 def check(config: Config) -> None:
-    """Refuses settings that cannot work together, before anything is written."""
+    """Refuses settings that cannot work, before anything is written."""
+    for f in fields(Config):
+        value, least = getattr(config, f.name), f.metadata.get("minimum", 0)
+        if isinstance(value, int | float) and not value >= least:
+            raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: at least {least}")
+    if config.precision == "fp16" and pick_device(config.device).type == "cpu":
+        raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
+
+
+def check_lengths(config: Config) -> None:
+    """Refuses to train on sequences that are longer than an episode."""
     longest = math.ceil(config.time_limit / config.action_repeat) + 1
     if config.train_seq_len > longest:
         raise utils.RunError(
             f"--train-seq-len {config.train_seq_len}: an episode of --time-limit "
             f"{config.time_limit} and --action-repeat {config.action_repeat} has {longest} rows"
         )
-    if config.precision == "fp16" and pick_device(config.device).type == "cpu":
-        raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -222,21 +231,21 @@ def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
 
     Without balance (v1 code): max(mean KL(post || prior), free nats): first the mean over all
     states, then the maximum. With it (v2, equation 3 and algorithm 2):
-    a KL(sg(post) || prior) + (1 - a) KL(post || sg(prior)), each mean bounded below by the free
+    α KL(sg(post) || prior) + (1 − α) KL(post || sg(prior)), each mean bounded below by the free
     nats: the value of the KL is the same, and its gradients reach the prior and the posterior
-    with weights a and 1 - a.
+    with weights α and 1 − α.
     """
-    divergence = kl_divergence(post.mean, post.std, prior.mean, prior.std).mean()
     if balance is None:
+        divergence = kl_divergence(post.mean, post.std, prior.mean, prior.std).mean()
         return divergence.clamp(min=free_nats), divergence
     to_prior = kl_divergence(post.mean.detach(), post.std.detach(), prior.mean, prior.std).mean()
     to_post = kl_divergence(post.mean, post.std, prior.mean.detach(), prior.std.detach()).mean()
     loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_post.clamp(min=free_nats)
-    return loss, divergence
+    return loss, to_prior
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
-    """V_k = r_k + y_k ((1 - l) v_{k+1} + l V_{k+1}), V_H = v_H, for k = 1 ... H-1 (equation 6).
+    """V_k = r_k + γ_k ((1 − λ) v_{k+1} + λ V_{k+1}), V_H = v_H, for k = 1 ... H−1 (equation 6).
 
     `reward`, `value`, `discount`: (H, ...), of the imagined states 1 ... H. Returns (H-1, ...).
     """
@@ -249,7 +258,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
 
 
 def discount_weight(discount: Tensor) -> Tensor:
-    """w_k = y_1 ... y_{k-1}, w_1 = 1: how likely step k is still reached. (H, ...) to (H-1, ...).
+    """w_k = γ_1 ... γ_{k−1}, w_1 = 1: how likely step k is still reached. (H, ...) to (H-1, ...).
 
     Gradients are stopped.
     """
@@ -445,9 +454,9 @@ class Dreamer(nn.Module):
         the gradients of the network that it trains, which is what stopping gradients amounts to.
         """
         # state     z0 --a0--> z1 --a1--> z2 ... --a_{H-1}--> z_H     z0: posteriors
-        # read off             r_1 v_1 y_1  r_2 v_2 y_2  ...  r_H v_H y_H
+        # read off             r_1 v_1 γ_1  r_2 v_2 γ_2  ...  r_H v_H γ_H
         # targets              V_1          V_2          ...  V_H = v_H
-        # weights              1            y_1          ...
+        # weights              1            γ_1          ...
         c = self.config
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
@@ -462,11 +471,9 @@ class Dreamer(nn.Module):
         value = self.value(feature)
         target = lambda_return(reward, value.mean, discount, c.td_lambda)
         weight = discount_weight(discount)
-        value_log_prob = value.log_prob(
-            torch.cat([target, value.mean[-1:]]).detach()  # the last is its own target: dropped
-        )[:-1]
+        regression = UnitNormal(value.mean[:-1], event_dims=0)
         losses = {
-            "value": value_loss(value_log_prob, weight),
+            "value": value_loss(regression.log_prob(target.detach()), weight),
             "actor": actor_loss(target, weight),
         }
         metrics["value/mean"] = value.mean.mean()
@@ -535,33 +542,14 @@ def normal_entropy(std: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- acting in environments
 
 
-def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSignal) -> dict:
-    """One whole episode as arrays, rows as in the replay; random actions without an agent.
+# Streams of random numbers that a run draws from; see `utils.stream_seed`.
+TRAINING, EVALUATION, REPLAY = range(3)
 
-    The environment and its action space are seeded with `seed`, so the episode depends on that,
-    on the agent and on torch's generator alone. If a stop comes in between, nothing was drawn.
-    """
-    before = utils.random_state()
-    frame, _ = env.reset(seed=seed)
-    env.action_space.seed(seed)
-    action = np.zeros(env.action_space.shape, np.float32)
-    rows, frames = [(frame, action, 0.0, 1.0)], 0
-    policy = agent and Policy(agent, 1, explore=True)
-    over = False
-    try:
-        while not over:
-            stop.check()
-            action = policy(frame[None])[0] if policy else env.action_space.sample()
-            frame, reward, terminated, truncated, info = env.step(action)
-            rows.append((frame, action, reward, 0.0 if terminated else 1.0))
-            frames += info["frames"]
-            over = terminated or truncated
-    except utils.Stopped:
-        utils.set_random_state(before)
-        raise
-    types = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32}
-    columns = zip(types.items(), zip(*rows))
-    return {key: np.asarray(values, dtype) for (key, dtype), values in columns} | {"frames": frames}
+
+def make_env(config: Config, render_mode=None):
+    """The environment of a run: its task, its action repeat, its time limit."""
+    c = config
+    return env_wrapper.make_env(c.env, c.seed, c.action_repeat, c.time_limit, render_mode)
 
 
 class Policy:
@@ -581,47 +569,82 @@ class Policy:
         return self.action.cpu().numpy()
 
 
-def evaluate(agent: Dreamer, task: str, config: Config, episodes: int, stop) -> list[dict]:
-    """Plays `episodes` episodes with the policy's mode, all in lockstep, and returns them.
+class Recorder:
+    """The rows of an episode as they come, and the arrays that the replay takes."""
+
+    def __init__(self, frame: np.ndarray, actions: int):
+        self.rows, self.frames, self.over = [], 0, False
+        self._add(frame, np.zeros(actions), 0.0, False)
+
+    def _add(self, frame, action, reward, terminated) -> None:
+        self.rows.append((frame, action, reward, 0.0 if terminated else 1.0))
+
+    def step(self, env, action: np.ndarray) -> np.ndarray:
+        """Takes `action` in `env` and returns the frame that it led to."""
+        frame, reward, terminated, truncated, info = env.step(action)
+        self._add(frame, action, reward, terminated)
+        self.frames += info["frames"]
+        self.over = terminated or truncated
+        return frame
+
+    def episode(self) -> dict:
+        """Arrays by key, rows as in the replay."""
+        image, *others = zip(*self.rows)
+        names = ("action", "reward", "discount")
+        arrays = {name: np.asarray(x, np.float32) for name, x in zip(names, others)}
+        return {"image": np.stack(image), **arrays}
+
+
+def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSignal):
+    """One whole episode as arrays, and its frames; random actions without an agent.
+
+    The environment and its action space are seeded with `seed`, so the episode depends on that,
+    on the agent and on torch's generator alone. If a stop comes in between, nothing was drawn.
+    """
+    before = utils.random_state()
+    frame, _ = env.reset(seed=seed)
+    env.action_space.seed(seed)
+    recorder = Recorder(frame, len(env.action_space.low))
+    policy = Policy(agent, 1, explore=True) if agent else None
+    try:
+        while not recorder.over:
+            stop.check()
+            action = policy(frame[None])[0] if policy else env.action_space.sample()
+            frame = recorder.step(env, action)
+    except utils.Stopped:
+        utils.set_random_state(before)
+        raise
+    return recorder.episode(), recorder.frames
+
+
+def evaluate(agent: Dreamer, config: Config, stop: utils.StopSignal) -> list[dict]:
+    """Plays `eval_episodes` episodes with the policy's mode, all in lockstep, and returns them.
 
     Nothing that training uses is touched: the environments are others, seeded otherwise, and the
-    generators are put back. The same weights give the same episodes.
+    generators are put back. The same weights give the same episodes. Beside the replay's arrays
+    an episode holds its `seed` and its `return`.
     """
-    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(episodes)]
-    envs = [make_env(task, config, seed=config.seed) for _ in seeds]
+    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(config.eval_episodes)]
+    envs = [make_env(config) for _ in seeds]
     try:
         with utils.isolated_random(seeds[0]):
             frames = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-            rows = [[(frame, np.zeros(agent.actions, np.float32), 0.0)] for frame in frames]
-            over = [False] * episodes
-            policy = Policy(agent, episodes, explore=False)
-            while not all(over):
+            recorders = [Recorder(frame, agent.actions) for frame in frames]
+            policy = Policy(agent, len(envs), explore=False)
+            while not all(recorder.over for recorder in recorders):
                 stop.check()
                 actions = policy(np.stack(frames))
-                for i, env in enumerate(envs):
-                    if not over[i]:
-                        frames[i], reward, terminated, truncated, _ = env.step(actions[i])
-                        rows[i].append((frames[i], actions[i], reward))
-                        over[i] = terminated or truncated
+                for i, recorder in enumerate(recorders):
+                    if not recorder.over:
+                        frames[i] = recorder.step(envs[i], actions[i])
     finally:
         for env in envs:
             env.close()
+    episodes = [recorder.episode() for recorder in recorders]
     return [
-        {"seed": seed, "return": float(sum(r for *_, r in episode)),
-         "image": np.stack([x for x, *_ in episode]),
-         "action": np.stack([a for _, a, _ in episode]),
-         "reward": np.array([r for *_, r in episode], np.float32)}
-        for seed, episode in zip(seeds, rows)
-    ]  # fmt: skip
-
-
-def make_env(task: str, config: Config, seed: int, render_mode=None):
-    """The environment of a run: its action repeat, its time limit."""
-    return env_wrapper.make_env(task, seed, config.action_repeat, config.time_limit, render_mode)
-
-
-# Streams of random numbers that a run draws from; see `utils.stream_seed`.
-TRAINING, EVALUATION, REPLAY = range(3)
+        {**episode, "seed": seed, "return": float(episode["reward"].sum())}
+        for seed, episode in zip(seeds, episodes)
+    ]
 
 
 def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.ndarray:
@@ -642,13 +665,13 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
     return utils.to_uint8(np.concatenate(list(rows.swapaxes(0, 1)), 2))
 
 
-def film(task: str, config: Config, episode: dict) -> tuple[np.ndarray, float]:
+def film(config: Config, episode: dict) -> tuple[np.ndarray, float]:
     """An evaluated episode played again at a size for people: frames, and frames per second.
 
     The same seed and the same actions give the same episode, so only the episodes that are shown
     need the large pictures. Of fast tasks every second or third frame is kept.
     """
-    env = make_env(task, config, seed=config.seed, render_mode="rgb_array")
+    env = make_env(config, render_mode="rgb_array")
     every = math.ceil(env.unwrapped.metadata["render_fps"] / 30)
     env.reset(seed=episode["seed"])
     frames = [env.render()]
@@ -671,6 +694,7 @@ class Progress:
     step: int = 0  # environment frames
     episodes: int = 0
     updates: int = 0  # gradient steps
+    iterations: int = 0
     updates_left: int = 0  # of this iteration
     iteration_end: int = 0  # frames at which this iteration has collected enough
     last_return: float = math.nan
@@ -682,15 +706,15 @@ class Progress:
 class Trainer:
     """A run: prefill, then iterations of gradient steps, collection, and what is due after them.
 
-    Every method is one unit of work, and between two units the run can be saved exactly; that
-    holds for the middle of an iteration too.
+    `run` does one unit of work at a time: a gradient step, an episode, the end of an iteration.
+    Between two units the run can be saved exactly, in the middle of an iteration too.
     """
 
     def __init__(self, config: Config, folder: Path, stop: utils.StopSignal):
         self.config, self.folder, self.stop = config, folder, stop
         self.device = pick_device(config.device)
         utils.seed_everything(config.seed)
-        self.env = make_env(config.env, config, seed=config.seed)
+        self.env = make_env(config)
         actions = self.env.action_space.shape[0]
         self.agent = Dreamer(config, actions, self.device)
         self.replay = self._make_replay(actions)
@@ -702,7 +726,11 @@ class Trainer:
         }
         self.metrics = utils.MeanMetrics()
         self.times = {"sample": 0.0, "update": 0.0}
-        self.losses = []  # of this iteration's gradient steps, not yet looked at
+        networks = self.agent.optimizers
+        self.watched_names = [f"loss/{name}" for name in networks]
+        if not self.agent.scaler.is_enabled():  # with loss scaling a gradient may overflow
+            self.watched_names += [f"grad_norm/{name}" for name in networks]
+        self.watched = []  # what must be finite, of the gradient steps not yet looked at
         self.names = []  # files of the episodes seen, oldest first
         self.files = None  # sizes of the log files at the checkpoint that is restored
         self.text = ""  # the last losses, for the bar
@@ -710,10 +738,10 @@ class Trainer:
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
         c = self.config
         # As much as the run can fill: an episode has one row more than it has actions, and the
-        # last may run past the run's end.
-        actions_an_episode = math.ceil(c.time_limit / c.action_repeat)
-        needed = math.ceil(c.total_steps / c.action_repeat) + actions_an_episode
-        needed += math.ceil(needed / actions_an_episode)
+        # last iteration may run past the run's end.
+        frames = max(c.total_steps, c.seed_steps) + c.collect_steps
+        episodes = math.ceil(frames / c.time_limit) + 1
+        needed = episodes * (math.ceil(c.time_limit / c.action_repeat) + 1)
         rows = replay_buffer.ReplayBuffer.rows_for(c.buffer_gb, actions)
         return replay_buffer.ReplayBuffer(min(needed, rows), actions)
 
@@ -722,7 +750,7 @@ class Trainer:
     def run(self) -> None:
         """Trains until `total_steps`; whatever ends it early leaves an exact checkpoint."""
         p, started = self.progress, time.monotonic() - self.progress.seconds
-        if self.config.total_steps <= p.step < p.iteration_end:
+        if self.every["evaluation"].last >= self.config.total_steps:
             print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
             return
         self.logger = utils.Logger(self.folder, self.files)
@@ -740,11 +768,14 @@ class Trainer:
                     finished = self.end_iteration()
         except utils.Stopped:
             p.seconds = time.monotonic() - started
-            self.save()
+            # The checkpoint of the best evaluation keeps the weights that it was made with.
+            if p.step != p.best_step:
+                self.save()
             raise
         finally:
             self.bar.close()
             self.logger.close()
+            self.env.close()
 
     def gradient_step(self) -> None:
         """One gradient step, on the batch that its number names; metrics at the last one."""
@@ -754,12 +785,12 @@ class Trainer:
         sampled = time.monotonic()
         metrics = self.agent.update(batch)
         self.metrics.add(metrics)
-        self.losses.append(torch.stack([metrics[f"loss/{n}"] for n in self.agent.optimizers]))
+        self.watched.append(torch.stack([metrics[name] for name in self.watched_names]))
         p.updates += 1
         p.updates_left -= 1
-        # note: reading the losses waits for the device, so CUDA is asked once in 25 steps
+        # note: reading them waits for the device, so CUDA is asked once in 25 steps
         if self.device.type == "cpu" or p.updates_left % 25 == 0:
-            self.check_losses()
+            self.check_finite()
         self.times["sample"] += sampled - start
         self.times["update"] += time.monotonic() - sampled
         if not p.updates_left:
@@ -780,25 +811,27 @@ class Trainer:
         batch = self.replay.sample(c.batch_size, c.train_seq_len, seed)
         return {key: torch.from_numpy(value).to(self.device) for key, value in batch.items()}
 
-    def check_losses(self) -> None:
-        """Stops the run at the first loss that is not finite; the batch is saved.
+    def check_finite(self) -> None:
+        """Stops the run at the first loss or gradient that is not finite; the batch is saved.
 
         Raises:
-            utils.RunError: naming the gradient step and the loss.
+            utils.RunError: naming the gradient step and what was not finite.
         """
-        finite = torch.stack(self.losses).isfinite().cpu()
-        first, self.losses = self.progress.updates - len(self.losses), []
+        if not self.watched:
+            return
+        finite = torch.stack(self.watched).isfinite().cpu()
+        first, self.watched = self.progress.updates - len(self.watched), []
         if finite.all():
             return
         offset = int((~finite.all(1)).nonzero()[0])
         number = first + offset
-        wrong = [n for n, ok in zip(self.agent.optimizers, finite[offset]) if not ok]
+        wrong = [name for name, ok in zip(self.watched_names, finite[offset]) if not ok]
         path = self.folder / f"batch-{number}.npz"
         with utils.atomic_file(path) as file:
             np.savez_compressed(file, **{k: v.cpu().numpy() for k, v in self.batch(number).items()})
         raise utils.RunError(
-            f"gradient step {number}: the loss of the {' and the '.join(wrong)} is not finite; "
-            f"its batch is {path}, the last checkpoint is still good"
+            f"gradient step {number}: not finite: {', '.join(wrong)}; its batch is {path}, "
+            "the last checkpoint is still good"
         )
 
     def collect(self) -> None:
@@ -807,8 +840,7 @@ class Trainer:
         start = time.monotonic()
         seed = utils.stream_seed(c.seed, TRAINING, p.episodes)
         agent = self.agent if p.step >= c.seed_steps else None
-        episode = collect_episode(self.env, agent, seed, self.stop)
-        frames = episode.pop("frames")
+        episode, frames = collect_episode(self.env, agent, seed, self.stop)
         self.names.append(replay_buffer.save_episode(self.folder / "episodes", episode))
         self.replay.add(episode)
         p.step += frames
@@ -834,8 +866,8 @@ class Trainer:
         best = False
         if last or self.every["evaluation"].due(p.step):
             best = self.evaluate()
-        first = p.updates == 0
-        p.updates_left = c.pretrain_steps if first else c.update_steps
+        p.updates_left = c.update_steps if p.iterations else c.pretrain_steps
+        p.iterations += 1
         p.iteration_end = p.step + c.collect_steps
         self.logger.scalars(p.step, {"time/hours": p.seconds / 3600, "train/updates": p.updates})
         if last or best or self.every["checkpoint"].due(p.step):
@@ -846,7 +878,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Evaluates, with videos where due; true if this was the best evaluation so far."""
         c, p = self.config, self.progress
-        episodes = evaluate(self.agent, c.env, c, c.eval_episodes, self.stop)
+        episodes = evaluate(self.agent, c, self.stop)
         returns = [e["return"] for e in episodes]
         mean = float(np.mean(returns))
         self.logger.scalars(
@@ -877,6 +909,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint and removes those that are no longer kept."""
+        self.check_finite()
         folder = self.folder / "checkpoints"
         state = {
             "config": asdict(self.config),
@@ -892,16 +925,11 @@ class Trainer:
         utils.save_checkpoint(folder / f"{self.progress.step}.pt", state)
         utils.prune_checkpoints(folder, keep=3, best=self.progress.best_step)
 
-    def forget_episodes(self, but: list[str]) -> None:
-        """Removes episodes newer than the checkpoint: they will be collected again, the same."""
-        for path in (self.folder / "episodes").glob("*.npz"):
-            if path.name not in but:
-                path.unlink()
-
     def restore(self, state: dict) -> None:
         """Goes on from a checkpoint: fills the replay from the run's episodes.
 
-        A damaged episode is moved to `episodes/damaged/` and named.
+        A damaged episode is moved to `episodes/damaged/` and named. What the run wrote after the
+        checkpoint is removed: it will come again, the same.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.
@@ -912,20 +940,35 @@ class Trainer:
             self.every[name].last = last
         self.metrics.load_state_dict(state["metrics"])
         self.files = state["files"]
-        folder = self.folder / "episodes"
         for name in state["episodes"]:
-            try:
-                self.replay.add(replay_buffer.load_episode(folder / name, self.agent.actions))
-                self.names.append(name)
-            except replay_buffer.DamagedEpisode as error:
-                damaged = folder / "damaged"
-                damaged.mkdir(exist_ok=True)
-                if (folder / name).exists():
-                    (folder / name).replace(damaged / name)
-                print(f"damaged episode, moved to {damaged}: {name}: {error}")
+            self.load_episode(self.folder / "episodes" / name)
         if state["episodes"] and not len(self.replay):
-            raise utils.RunError(f"no episode of {folder} can be read")
+            raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")
+        self.forget_after(self.progress.step)
         utils.set_random_state(state["random"])
+
+    def load_episode(self, path: Path) -> None:
+        """An episode from disk into the replay, or out of the way."""
+        try:
+            self.replay.add(replay_buffer.load_episode(path, self.agent.actions))
+            self.names.append(path.name)
+        except replay_buffer.DamagedEpisode as error:
+            if path.exists():
+                aside = path.parent / "damaged"
+                aside.mkdir(exist_ok=True)
+                path.replace(aside / path.name)
+                print(f"damaged episode, moved to {aside}: {path.name}: {error}")
+            else:
+                print(f"missing episode: {path}")
+
+    def forget_after(self, step: int) -> None:
+        """Removes episodes that are not in the replay's list, and checkpoints later than `step`."""
+        for path in (self.folder / "episodes").glob("*.npz"):
+            if path.name not in self.names:
+                path.unlink()
+        for path in utils.checkpoints(self.folder / "checkpoints"):
+            if int(path.stem) > step:
+                path.unlink()
 
 
 def load_agent(agent: Dreamer, state: dict) -> None:
@@ -939,15 +982,26 @@ def load_agent(agent: Dreamer, state: dict) -> None:
             f"the checkpoint is of a task with {state['actions']} action dimensions "
             f"({state['config']['env']}); this one has {agent.actions}"
         )
-    agent.load_state(state["agent"])
+    try:
+        agent.load_state(state["agent"])
+    except (KeyError, RuntimeError) as error:
+        raise utils.RunError(f"the checkpoint does not fit these networks: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------- main
 
 
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage of fifty flags."""
+
+    def error(self, message: str):
+        self.exit(2, f"dreamer.py: error: {message} (see --help)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line: modes, then the fields of `Config` by group."""
     parser = Parser(
+        usage="python dreamer.py --train [--restore] | --evaluate --restore  [flags]",
         description="Dreamer v1 and v2 on the DeepMind Control Suite, from pixels.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -958,21 +1012,20 @@ def make_parser() -> argparse.ArgumentParser:
     modes.add_argument("--evaluate", action="store_true", help="play episodes, write GIFs and JSON")
     modes.add_argument("--restore", action="store_true", help="go on with the run, or evaluate it")
     modes.add_argument("--checkpoint-path", metavar="PATH", help="restore this checkpoint")
-    groups = {}
     for f in fields(Config):
-        name = f.metadata["group"]
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
+        if "group" in f.metadata:
+            group = parser.add_argument_group(f.metadata["group"])
         options = {"help": f.metadata["help"] + default_text(f), "dest": f.name}
         if f.type is bool:
             options["action"] = "store_true"
         else:
-            options["type"] = f.metadata.get("type", type(f.default))
+            options["type"] = f.metadata.get("type", f.type)
             options["choices"] = f.metadata.get("choices")
             options["metavar"] = None if options["choices"] else "X"
         group.add_argument("--" + f.name.replace("_", "-"), *f.metadata["aliases"], **options)
-    no_gpu = {"action": "store_const", "const": "cpu", "dest": "device"}
-    groups["run"].add_argument("--no-gpu", help="the same as --device cpu", **no_gpu)
+        if f.name == "device":
+            no_gpu = {"action": "store_const", "const": "cpu", "dest": f.name}
+            group.add_argument("--no-gpu", help="the same as --device cpu", **no_gpu)
     return parser
 
 
@@ -983,13 +1036,6 @@ def default_text(f) -> str:
     if values:
         return " (" + ", ".join(f"{name}: {value}" for name, value in values.items()) + ")"
     return "" if f.default is None or f.type is bool else f" ({f.default})"
-
-
-class Parser(argparse.ArgumentParser):
-    """An error is one line, without the usage of fifty flags."""
-
-    def error(self, message: str):
-        self.exit(2, f"dreamer.py: error: {message} (see --help)\n")
 
 
 def parse(argv: list[str]) -> tuple[dict, dict]:
@@ -1017,7 +1063,25 @@ def run_folder(config: Config) -> Path:
     return Path(config.logdir) / config.env / config.algo / config.exp / str(config.seed)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def read_config(folder: Path) -> dict | None:
+    """The saved settings of a run, or None where there is no run.
+
+    Raises:
+        utils.RunError: the file is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise utils.RunError(f"{path} is damaged: {error}") from error
+
+
+def find_checkpoint(modes: dict, folder: Path) -> Path | None:
+    """The checkpoint that was asked for, else the newest of the run."""
+    if "checkpoint_path" in modes:
+        return Path(modes["checkpoint_path"])
     found = utils.checkpoints(folder / "checkpoints")
     return found[-1] if found else None
 
@@ -1025,31 +1089,32 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
-    settings = folder / "config.json"
-    if settings.exists() and not modes.get("restore"):
+    saved = read_config(folder)
+    if saved and not modes.get("restore"):
         raise utils.RunError(
             f"the run {folder} exists: --restore goes on with it, --exp NAME starts another"
         )
-    if modes.get("restore") and not settings.exists():
+    if modes.get("restore") and not saved:
         raise utils.RunError(f"no run to restore at {folder}")
-    saved = json.loads(settings.read_text()) if settings.exists() else None
     config = resolve(given, saved)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_lengths(config)
+    env_wrapper.canonical_name(config.env)  # a machine that cannot render says so before we write
+    for name in ("episodes", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     with utils.run_lock(folder), utils.StopSignal(config.max_hours) as stop:
-        for name in ("episodes", "checkpoints", "videos"):
-            (folder / name).mkdir(exist_ok=True)
+        for name in ("", "episodes", "checkpoints", "videos"):
             utils.clear_temporaries(folder / name)
-        utils.write_json(settings, asdict(config))
-        describe(config, folder)
         trainer = Trainer(config, folder, stop)
-        print(f"replay: {trainer.replay}", flush=True)
-        if modes.get("restore"):
-            path = modes.get("checkpoint_path") or newest_checkpoint(folder)
-            state = utils.load_checkpoint(Path(path)) if path else None
-            trainer.forget_episodes(but=state["episodes"] if state else [])
-            if state:
-                trainer.restore(state)
-            print(f"going on from {path or 'the start'}", flush=True)
+        describe(config, folder, trainer)
+        path = find_checkpoint(modes, folder) if saved else None
+        if path:
+            if path.resolve().parent != (folder / "checkpoints").resolve():
+                raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
+            trainer.restore(utils.load_checkpoint(path))
+        else:
+            trainer.forget_after(0)
+        print(f"from {path or 'the start'}", flush=True)
+        utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
 
 
@@ -1058,71 +1123,96 @@ def evaluate_command(modes: dict, given: dict) -> None:
     if not modes.get("restore"):
         raise utils.RunError("--evaluate needs --restore: the newest checkpoint of the run")
     folder = run_folder(Config(**given))
-    path = modes.get("checkpoint_path") or newest_checkpoint(folder)
+    path = find_checkpoint(modes, folder)
     if path is None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
-    state = utils.load_checkpoint(Path(path))
+    state = utils.load_checkpoint(path)
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
-    env = make_env(config.env, config, seed=config.seed)
-    agent = Dreamer(config, env.action_space.shape[0], pick_device(config.device))
+    env = make_env(config)
+    agent = Dreamer(config, len(env.action_space.low), pick_device(config.device))
+    env.close()
     load_agent(agent, state)
-    step = state["progress"]["step"]
     with utils.StopSignal(config.max_hours) as stop:
-        episodes = evaluate(agent, config.env, config, config.eval_episodes, stop)
+        episodes = evaluate(agent, config, stop)
     for number, episode in enumerate(episodes, 1):
         print(f"episode {number}: return {episode['return']:.1f}")
-    returns = [e["return"] for e in episodes]
+    step, returns = state["progress"]["step"], [e["return"] for e in episodes]
     print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+    write_evaluation(agent, config, step, path, episodes)
+
+
+def write_evaluation(agent, config: Config, step: int, path: Path, episodes: list[dict]) -> None:
+    """JSON of the returns; GIFs of the best and the worst episode and of a dream."""
     folder = run_folder(config)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    utils.write_json(
-        folder / f"evaluation-{step}.json",
-        {
-            "checkpoint": str(path),
-            "env": config.env,
-            "algo": config.algo,
-            "step": step,
-            "return_mean": float(np.mean(returns)),
-            "return_std": float(np.std(returns)),
-            "episodes": [
-                {"seed": e["seed"], "return": e["return"], "length": len(e["reward"]) - 1}
-                for e in episodes
-            ],
-        },
-    )
-    best, worst = episodes[int(np.argmax(returns))], episodes[int(np.argmin(returns))]
+    returns = [e["return"] for e in episodes]
+    result = {
+        "checkpoint": str(path),
+        "env": config.env,
+        "algo": config.algo,
+        "step": step,
+        "return_mean": float(np.mean(returns)),
+        "return_std": float(np.std(returns)),
+        "episodes": [
+            {"seed": e["seed"], "return": e["return"], "length": len(e["reward"]) - 1}
+            for e in episodes
+        ],
+    }
+    utils.write_json(folder / f"evaluation-{step}.json", result)
+    dream = dream_video(agent, episodes[:4], length=100).repeat(2, 1).repeat(2, 2)
     videos = {
-        "best": film(config.env, config, best),
-        "worst": film(config.env, config, worst),
-        "dream": (dream_video(agent, episodes[:4], length=100).repeat(2, 1).repeat(2, 2), 15),
+        "best": film(config, episodes[int(np.argmax(returns))]),
+        "worst": film(config, episodes[int(np.argmin(returns))]),
+        "dream": (dream, 15),
     }
     for name, (frames, fps) in videos.items():
         utils.save_gif(folder / "videos" / f"evaluation-{step}-{name}.gif", frames, fps)
     print(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
 
 
-def describe(config: Config, folder: Path) -> None:
+def describe(config: Config, folder: Path, trainer: Trainer) -> None:
     """Prints the resolved settings, so that a log says what was run."""
-    device = pick_device(config.device)
+    device, half = trainer.device, trainer.agent.half
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"run {folder} on {name}, preset {config.preset}")
-    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
+    print(f"run {folder} on {name} in {half or torch.float32}, preset {config.preset}")
+    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()))
+    print(f"replay: {trainer.replay}", flush=True)
+
+
+# What a user can mend: one line each, exit code 2.
+USER_ERRORS = (
+    utils.RunError,
+    env_wrapper.UnknownTask,
+    env_wrapper.NoRenderer,
+    replay_buffer.ReplayError,
+)
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
+
+
+def command(argv: list[str]) -> None:
+    """Does what the command line says, or raises."""
+    modes, given = parse(argv)
+    wanted = [name for name in ("train", "evaluate") if name in modes]
+    if len(wanted) != 1:
+        raise utils.RunError("give one of --train and --evaluate --restore")
+    if "checkpoint_path" in modes and "restore" not in modes:
+        raise utils.RunError("--checkpoint-path goes with --restore")
+    torch.set_flush_denormal(True)
+    {"train": train_command, "evaluate": evaluate_command}[wanted[0]](modes, given)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     try:
-        modes, given = parse(sys.argv[1:] if argv is None else argv)
-        torch.set_flush_denormal(True)
-        if modes.get("train"):
-            train_command(modes, given)
-        elif modes.get("evaluate"):
-            evaluate_command(modes, given)
-        else:
-            raise utils.RunError("nothing to do: give --train, or --evaluate --restore")
+        command(sys.argv[1:] if argv is None else argv)
     except utils.Stopped as stopped:
-        print(f"stopped by {stopped}; --train --restore goes on from here")
+        print(f"stopped by {stopped}; what was saved goes on with --restore")
         return stopped.code
+    except KeyboardInterrupt:
+        return 130
     except USER_ERRORS as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2
@@ -1134,15 +1224,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-
-# What a user can mend: one line each, exit code 2.
-USER_ERRORS = (
-    utils.RunError,
-    env_wrapper.UnknownTask,
-    env_wrapper.NoRenderer,
-    replay_buffer.ReplayError,
-)
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -142,7 +142,8 @@ class ConvTransposeFromPixel(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.kernel_size
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view when channels-last
-        y = x.flatten(1) @ weight + self.bias.repeat(height * width)
+        y = x.flatten(1) @ weight
+        y = y + self.bias.repeat(height * width).to(y.dtype)
         return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
 
 

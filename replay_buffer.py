@@ -44,6 +44,10 @@ def save_episode(folder: Path, episode: dict) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / name)
+        if os.name == "posix":  # the new name survives a power cut, as its checkpoint does
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

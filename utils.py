@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -79,8 +80,11 @@ def write_json(path: Path, value) -> None:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes tensors and plain Python values, atomically."""
+    # By way of memory: PyTorch turns a full disk into an error of its own.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic_file(path) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, device="cpu") -> dict:
@@ -95,7 +99,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises whatever a damaged archive provokes
         raise RunError(f"{path} is not a checkpoint, or is damaged") from error
-    if not isinstance(state, dict) or "agent" not in state:
+    if not isinstance(state, dict) or not {"agent", "config", "progress"} <= state.keys():
         raise RunError(f"{path} is not a checkpoint of this program")
     return state
 
@@ -291,7 +295,8 @@ class Logger:
 
     def scalars(self, step: int, values: dict) -> None:
         """One row: `values` by name, at `step` environment frames."""
-        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)

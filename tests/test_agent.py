@@ -248,6 +248,23 @@ def test_the_step_in_float32_is_the_step_in_float64(make_batch, algo):
     assert sum(r.flips for r in relus.values()) <= 1e-5 * sum(r.count for r in relus.values())
 
 
+def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batch):
+    agent = make_agent(precision="bf16", use_disc_model=True)
+    metrics = agent.update(make_batch(agent.config))
+    assert all(m.dtype == torch.float32 and m.isfinite() for m in metrics.values())
+    image = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    action, _ = agent.act(image, agent.world["rssm"].initial(1), torch.zeros(1, 2), explore=False)
+    assert action.dtype == torch.float32
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_precision_of_a_card(make_agent, monkeypatch, capability, expected):
+    agent = make_agent()
+    agent.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert agent._half_type() == getattr(torch, expected)
+
+
 def test_everything_on_the_meta_device(make_agent, make_batch):
     """A tensor left on the CPU and an `.item()` both raise there."""
     agent = make_agent(device=torch.device("meta"), use_disc_model=True, algo="Dreamerv2")

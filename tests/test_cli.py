@@ -95,7 +95,8 @@ def test_every_scalar_of_the_glossary_is_written(finished):
         "eval/return_max", "loss/world", "loss/image", "loss/reward", "loss/actor", "loss/value",
         "kl", "entropy/prior", "entropy/posterior", "entropy/policy", "grad_norm/world",
         "grad_norm/actor", "grad_norm/value", "time/collect_fps", "time/sample_ms",
-        "time/update_ms", "replay/gigabytes", "policy/saturated",
+        "time/update_ms", "time/hours", "replay/gigabytes", "replay/episodes", "policy/saturated",
+        "policy/std", "value/mean", "value/error", "reward/imagined",
     }  # fmt: skip
 
 
@@ -119,11 +120,11 @@ def test_evaluate_prints_writes_and_repeats(finished, capsys):
 
 def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
     state = last_state(folder(finished))
-    config = dreamer.Config(**state["config"])
+    config = dreamer.Config(**{**state["config"], "eval_episodes": 2})
     agent = dreamer.Dreamer(config, 1, torch.device("cpu"))
     dreamer.load_agent(agent, state)
     with utils.StopSignal() as stop:
-        episode = dreamer.evaluate(agent, config.env, config, 2, stop)[1]
+        episode = dreamer.evaluate(agent, config, stop)[1]
     seen = []
     step = dreamer.env_wrapper.ControlSuite.step
 
@@ -133,7 +134,7 @@ def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
         return result
 
     monkeypatch.setattr(dreamer.env_wrapper.ControlSuite, "step", spy)
-    dreamer.film(config.env, config, episode)
+    dreamer.film(config, episode)
     assert np.array_equal(np.stack(seen), episode["image"][1:])
 
 
@@ -161,23 +162,130 @@ def test_a_run_stopped_anywhere_equals_one_that_was_never_stopped(
 ):
     """The stop comes at the n-th look at the signal: in the prefill, an episode, between
     gradient steps, in an evaluation."""
+    interrupt(monkeypatch, moment, utils.Stopped("SIGTERM", 143))
+    assert train(tmp_path) == 143
+    assert_goes_on_like(finished, tmp_path)
+
+
+@pytest.mark.parametrize("moment", [44, 50, 100, 140])
+def test_a_run_killed_anywhere_equals_one_that_was_never_killed(
+    finished, tmp_path, monkeypatch, moment
+):
+    """Nothing is saved at the end: what came after the last checkpoint is cut off and redone."""
+    interrupt(monkeypatch, moment, ArithmeticError("killed"))
+    with pytest.raises(ArithmeticError):
+        train(tmp_path)
+    assert_goes_on_like(finished, tmp_path)
+
+
+def interrupt(monkeypatch, moment, error):
+    """Raises `error` at the n-th look at the stop signal, once."""
     check, looks = utils.StopSignal.check, []
 
-    def stop_once(self):
+    def raise_once(self):
         looks.append(self)
         if len(looks) == moment:
-            raise utils.Stopped("SIGTERM", 143)
+            raise error
         check(self)
 
-    monkeypatch.setattr(utils.StopSignal, "check", stop_once)
-    assert train(tmp_path) == 143
-    words = flags(env="cartpole-balance", logdir=tmp_path)
-    assert run("--train", "--restore", *words) == 0
-    one, two = last_state(folder(finished)), last_state(folder(tmp_path))
+    monkeypatch.setattr(utils.StopSignal, "check", raise_once)
+    return looks
+
+
+def assert_goes_on_like(finished, logdir):
+    """The run at `logdir`, restored, ends as the one that was never interrupted."""
+    assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=logdir)) == 0
+    one, two = last_state(folder(finished)), last_state(folder(logdir))
     for key in ("agent", "random", "every"):
         assert_same(one[key], two[key])
-    assert without_times(folder(finished)) == without_times(folder(tmp_path))
-    assert len(list((folder(tmp_path) / "episodes").iterdir())) == 6
+    assert without_times(folder(finished)) == without_times(folder(logdir))
+    assert len(list((folder(logdir) / "episodes").iterdir())) == 6
+
+
+def test_the_moments_above_lie_in_every_phase(tmp_path, monkeypatch):
+    looks, phases = interrupt(monkeypatch, -1, None), {}
+    for name in ("collect", "gradient_step", "evaluate"):
+        unit = getattr(dreamer.Trainer, name)
+
+        def spy(self, unit=unit, name=name):
+            first = len(looks)
+            result = unit(self)
+            phases.setdefault(name, []).append(range(first, len(looks) + 1))
+            return result
+
+        monkeypatch.setattr(dreamer.Trainer, name, spy)
+    assert train(tmp_path) == 0
+    for name, moments in (("collect", (30, 101)), ("gradient_step", (47,)), ("evaluate", (75,))):
+        for moment in moments:
+            assert any(moment in found for found in phases[name]), (name, moment, phases)
+
+
+def test_several_episodes_an_iteration_stopped_in_the_last_one(tmp_path, monkeypatch):
+    """Past the run's end, but within its last iteration: the last evaluation is still to come."""
+    more = {"collect_steps": 120, "total_steps": 160, "eval_interval": 0}
+    assert train(tmp_path / "a", **more) == 0
+    interrupt(monkeypatch, 42 + 4 + 2 * 21 + 10, utils.Stopped("SIGTERM", 143))
+    assert train(tmp_path / "b", **more) == 143
+    assert last_state(folder(tmp_path / "b"))["progress"]["step"] == 160
+    words = flags(env="cartpole-balance", logdir=tmp_path / "b")
+    assert run("--train", "--restore", *words) == 0
+    assert without_times(folder(tmp_path / "a")) == without_times(folder(tmp_path / "b"))
+    assert "eval/return_mean" in {k for row in rows(folder(tmp_path / "b")) for k in row}
+
+
+def test_a_stop_leaves_the_checkpoint_of_the_best_evaluation_as_it_was(tmp_path, monkeypatch):
+    more = {"eval_interval": 80, "total_steps": 120}
+    looks = interrupt(monkeypatch, -1, None)
+    saved, save = [], dreamer.Trainer.save
+
+    def spy(self):
+        save(self)
+        saved.append((len(looks), last_state(self.folder)))
+
+    monkeypatch.setattr(dreamer.Trainer, "save", spy)
+    assert train(tmp_path / "a", **more) == 0
+    moment, best = saved[0]
+    assert best["progress"]["best_step"] == 80
+    interrupt(monkeypatch, moment + 3, utils.Stopped("SIGTERM", 143))
+    assert train(tmp_path / "b", **more) == 143
+    assert_same(last_state(folder(tmp_path / "b"))["agent"], best["agent"])
+
+
+def test_going_on_from_an_older_checkpoint_forgets_what_came_later(finished, tmp_path):
+    assert train(tmp_path, checkpoint_interval=40) == 0
+    path = folder(tmp_path)
+    older = utils.checkpoints(path / "checkpoints")[-2]
+    assert int(older.stem) < 240
+    words = flags(env="cartpole-balance", logdir=tmp_path, checkpoint_path=older)
+    assert run("--train", "--restore", *words) == 0
+    assert_same(last_state(folder(finished))["agent"], last_state(path)["agent"])
+    assert without_times(folder(finished)) == without_times(path)
+
+
+def test_a_foreign_checkpoint_harms_no_run(finished, tmp_path, capsys):
+    assert train(tmp_path, total_steps=120) == 0
+    before = sorted(p.name for p in folder(tmp_path).rglob("*"))
+    foreign = utils.checkpoints(folder(finished) / "checkpoints")[-1]
+    words = flags(env="cartpole-balance", logdir=tmp_path, checkpoint_path=foreign)
+    error_line(capsys, run("--train", "--restore", *words), "no checkpoint of the run")
+    assert sorted(p.name for p in folder(tmp_path).rglob("*")) == before
+
+
+def test_a_full_replay_goes_on_exactly(tmp_path):
+    """Room for three episodes of 21 rows: the oldest leave, before and after the restore."""
+    more = {"buffer_gb": 0.001}
+    assert train(tmp_path / "a", **more) == 0
+    assert train(tmp_path / "b", total_steps=200, **more) == 0
+    words = flags(env="cartpole-balance", logdir=tmp_path / "b", total_steps=240)
+    assert run("--train", "--restore", *words) == 0
+    one, two = last_state(folder(tmp_path / "a")), last_state(folder(tmp_path / "b"))
+    assert_same(one["agent"], two["agent"])
+    assert max(r.get("replay/episodes", 0) for r in rows(folder(tmp_path / "a"))) == 3
+
+
+def test_no_pretraining_still_trains(tmp_path):
+    assert train(tmp_path, pretrain_steps=0, total_steps=200) == 0
+    assert last_state(folder(tmp_path))["progress"]["updates"] == 6
 
 
 def test_restore_without_a_checkpoint_starts_again_and_is_the_same(finished, tmp_path):
@@ -195,7 +303,8 @@ def test_restore_without_a_checkpoint_starts_again_and_is_the_same(finished, tmp
 
 @pytest.mark.parametrize("action_repeat", [1, 3, 6])
 def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
-    due = {"eval_interval": 80, "checkpoint_interval": 80, "time_limit": 40}
+    # Episodes end at multiples of 40, the intervals at multiples of 70.
+    due = {"eval_interval": 70, "checkpoint_interval": 70, "time_limit": 40}
     assert train(tmp_path, action_repeat=action_repeat, video_interval=0, **due) == 0
     steps = [r["step"] for r in rows(folder(tmp_path)) if "eval/return_mean" in r]
     assert steps == [80, 160, 240]
@@ -204,11 +313,9 @@ def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
 
 def test_every_flag_is_read():
     source = (ROOT / "dreamer.py").read_text()
-    identity = {"logdir", "env", "algo", "exp", "seed"}
     for field in dataclasses.fields(dreamer.Config):
-        uses = re.findall(rf"\b(?:c|config|self\.config)\.{field.name}\b", source)
+        uses = re.findall(rf'(?:\bc|config)\.{field.name}\b|top\["{field.name}"\]', source)
         assert uses, f"--{field.name} is parsed and never read"
-    assert identity <= {f.name for f in dataclasses.fields(dreamer.Config)}
 
 
 def test_the_algorithms_differ_in_one_table():
@@ -243,7 +350,7 @@ def test_the_full_preset_has_the_papers_values():
 def test_help_is_short_enough_to_read(capsys):
     assert run("--help") == 0
     text = capsys.readouterr().out
-    assert text.count("\n") < 110
+    assert text.count("\n") < 100
     for field in dataclasses.fields(dreamer.Config):
         assert "--" + field.name.replace("_", "-") in text
 
@@ -273,8 +380,61 @@ def test_abbreviated_flag(capsys):
     error_line(capsys, run("--train", "--batch", "3"), "--batch")
 
 
-def test_no_mode(capsys):
-    error_line(capsys, run(), "--train")
+@pytest.mark.parametrize("words", [[], ["--restore"], ["--train", "--evaluate", "--restore"]])
+def test_no_mode_or_two(capsys, words):
+    error_line(capsys, run(*words), "--train", "--evaluate")
+
+
+BAD_VALUES = {
+    "action_repeat": 0, "imagine_horizon": 1, "actor_init_std": 0, "seed": -1, "eval_episodes": 0,
+    "buffer_gb": -1, "batch_size": 0, "train_seq_len": 1, "seed_steps": 0, "time_limit": 0,
+    "discount": "nan", "device": "mps", "model_learning_rate": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_value_that_cannot_work(tmp_path, capsys, name):
+    code = train(tmp_path, **{name: BAD_VALUES[name]})
+    error_line(capsys, code, "--" + name.replace("_", "-"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_log_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error_line(capsys, train(tmp_path / "file"), "file")
+
+
+def test_a_checkpoint_path_without_restore(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, checkpoint_path="x.pt"), "--restore")
+
+
+def test_settings_saved_by_another_version():
+    saved = dataclasses.asdict(dreamer.resolve({"algo": "Dreamerv2"}))
+    old = {**saved, "buffer_gb": None, "gone_since": 3}
+    del old["update_steps"]
+    config = dreamer.resolve({}, old)
+    assert config.update_steps == saved["update_steps"] and config.buffer_gb > 0
+    without = dreamer.resolve({"algo": "Dreamerv2", "kl_balance": None})
+    assert dreamer.resolve({}, dataclasses.asdict(without)).kl_balance is None
+
+
+def test_a_given_auto_contradicts_nothing():
+    saved = dataclasses.asdict(dreamer.resolve({"preset": "full", "device": "cpu"}))
+    assert dreamer.resolve({"preset": "auto", "device": "auto"}, saved).preset == "full"
+
+
+def test_damaged_settings(finished, tmp_path, capsys):
+    folder(tmp_path).mkdir(parents=True)
+    for content in ("{", "[1]", "3"):
+        (folder(tmp_path) / "config.json").write_text(content)
+        error_line(capsys, train(tmp_path), "config.json")
+
+
+def test_a_restore_that_fails_leaves_the_settings_alone(finished, capsys):
+    before = (folder(finished) / "config.json").read_text()
+    words = flags(env="cartpole-balance", logdir=finished, device="cuda:99")
+    error_line(capsys, run("--train", "--restore", *words), "--device")
+    assert (folder(finished) / "config.json").read_text() == before
 
 
 def test_run_that_exists(finished, capsys):
@@ -342,6 +502,23 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     error_line(capsys, train(tmp_path), "No space left on device")
 
 
+def test_a_disk_that_fills_under_a_checkpoint_keeps_the_last_one(tmp_path, capsys, monkeypatch):
+    saves, sync = [], os.fsync
+
+    def full(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".pt.tmp"):
+            saves.append(descriptor)
+            if len(saves) > 1:
+                raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    error_line(capsys, train(tmp_path), "No space left on device")
+    monkeypatch.setattr(os, "fsync", sync)
+    assert [p.name for p in (folder(tmp_path) / "checkpoints").iterdir()] == ["80.pt"]
+    assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
+
+
 def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):
     assert train(tmp_path, total_steps=160) == 0
     episodes = sorted((folder(tmp_path) / "episodes").iterdir())
@@ -374,7 +551,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(dreamer.Dreamer, "broken", 5, raising=False)
     monkeypatch.setattr(dreamer.Dreamer, "update", broken)
-    line = error_line(capsys, train(tmp_path), "gradient step 5", "value")
+    line = error_line(capsys, train(tmp_path), "gradient step 5", "loss/value")
     batch = np.load(re.search(r"\S+\.npz", line)[0])
     assert batch["image"].shape == (6, 4, 64, 64, 3)
     assert last_state(folder(tmp_path))["progress"]["updates"] <= 5
@@ -402,7 +579,7 @@ def test_a_signal_ends_a_real_process_and_the_run_goes_on(tmp_path, number):
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number, out
-    assert "--restore goes on" in out
+    assert "goes on with --restore" in out
     assert utils.checkpoints(folder(tmp_path) / "checkpoints")
     step = last_state(folder(tmp_path))["progress"]["step"]
     words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=step + 40)
