@@ -4,6 +4,7 @@
     python dreamer.py --env cartpole-balance --algo Dreamerv2 --train
     python dreamer.py --train --restore                         # go on with a run
     python dreamer.py --evaluate --restore                      # returns, JSON and GIFs
+    python dreamer.py --benchmark                               # how fast, how long
     tensorboard --logdir runs
 
 A world model (models.py: the RSSM) is learned from replayed episodes; an actor and a value are
@@ -18,6 +19,7 @@ import errno
 import json
 import math
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import env_wrapper
 import replay_buffer
@@ -753,8 +756,7 @@ class Trainer:
         if self.every["evaluation"].last >= self.config.total_steps:
             print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
             return
-        self.logger = utils.Logger(self.folder, self.files)
-        self.bar = utils.ProgressBar(self.config.total_steps, p.step)
+        self.open_logs()
         try:
             finished = False
             while not finished:
@@ -773,9 +775,16 @@ class Trainer:
                 self.save()
             raise
         finally:
-            self.bar.close()
-            self.logger.close()
-            self.env.close()
+            self.close()
+
+    def open_logs(self) -> None:
+        self.logger = utils.Logger(self.folder, self.files)
+        self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.logger.close()
+        self.env.close()
 
     def gradient_step(self) -> None:
         """One gradient step, on the batch that its number names; metrics at the last one."""
@@ -1001,7 +1010,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line: modes, then the fields of `Config` by group."""
     parser = Parser(
-        usage="python dreamer.py --train [--restore] | --evaluate --restore  [flags]",
+        usage="dreamer.py --train [--restore] | --evaluate --restore | --benchmark  [flags]",
         description="Dreamer v1 and v2 on the DeepMind Control Suite, from pixels.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -1011,7 +1020,11 @@ def make_parser() -> argparse.ArgumentParser:
     modes.add_argument("--train", action="store_true", help="train a run")
     modes.add_argument("--evaluate", action="store_true", help="play episodes, write GIFs and JSON")
     modes.add_argument("--restore", action="store_true", help="go on with the run, or evaluate it")
-    modes.add_argument("--checkpoint-path", metavar="PATH", help="restore this checkpoint")
+    modes.add_argument("--checkpoint-path", metavar="PATH", help="restore this checkpoint; in "
+                       "training, what came after it is forgotten")  # fmt: skip
+    modes.add_argument("--benchmark", action="store_true", help="how fast is this machine, how long "
+                       "will a run take")  # fmt: skip
+    modes.add_argument("--json", metavar="PATH", help="where --benchmark writes its numbers too")
     for f in fields(Config):
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
@@ -1170,6 +1183,68 @@ def write_evaluation(agent, config: Config, step: int, path: Path, episodes: lis
     print(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
 
 
+def benchmark_command(modes: dict, given: dict) -> None:
+    """--benchmark: how fast each part of a run is here, and how long the run would take."""
+    config = resolve(given)
+    check_lengths(config)
+    with tempfile.TemporaryDirectory() as scratch, utils.StopSignal() as stop:
+        folder = Path(scratch)
+        (folder / "episodes").mkdir()
+        trainer = Trainer(config, folder, stop)
+        trainer.open_logs()
+        try:
+            result = benchmark(trainer)
+        finally:
+            trainer.close()
+    for name, value in result.items():
+        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+    if "json" in modes:
+        utils.write_json(Path(modes["json"]), {**result, "config": asdict(config)})
+
+
+def benchmark(trainer: Trainer) -> dict:
+    """Times the methods that training calls, medians of several; and what they add up to."""
+    c, agent, p = trainer.config, trainer.agent, trainer.progress
+    clock = utils.Stopwatch(trainer.device)
+    random_seconds = clock.median(trainer.collect, 1)  # before `seed_steps`: random actions
+    frames = p.step
+    p.step = max(p.step, c.seed_steps)
+    collect_seconds = clock.median(trainer.collect, 3)
+    agent_steps = math.ceil(frames / c.action_repeat)
+    batch = trainer.batch(0)
+    sample_seconds = clock.median(lambda: trainer.batch(1), 20)
+    update_seconds = clock.median(lambda: agent.update(batch), 5)
+    with FlopCounterMode(display=False) as counter:
+        agent.update(batch)
+    matmul = utils.matmul_flops(trainer.device, agent.half)
+    evaluation_seconds = clock.median(lambda: evaluate(agent, c, trainer.stop), 1)
+    iterations = max(0, c.total_steps - c.seed_steps) / c.collect_steps
+    evaluations = c.total_steps // c.eval_interval if c.eval_interval else 1
+    total = (
+        c.seed_steps / frames * random_seconds
+        + iterations * c.update_steps * (update_seconds + sample_seconds)
+        + iterations * c.collect_steps / frames * collect_seconds
+        + evaluations * evaluation_seconds
+    )
+    return {
+        "device": str(trainer.device),
+        "precision": str(agent.half or torch.float32),
+        "preset": c.preset,
+        "environment frames/s": frames / random_seconds,
+        "collecting frames/s": frames / collect_seconds,
+        "acting ms": 1000 * (collect_seconds - random_seconds) / agent_steps,
+        "sampling ms": 1000 * sample_seconds,
+        "gradient step ms": 1000 * update_seconds,
+        "gradient step GFLOP": counter.get_total_flops() / 1e9,
+        "gradient step GFLOP/s": counter.get_total_flops() / update_seconds / 1e9,
+        "matrix product GFLOP/s": matmul / 1e9,
+        "share of matrix product": counter.get_total_flops() / update_seconds / matmul,
+        "evaluation s": evaluation_seconds,
+        "peak memory GB": utils.peak_memory_gb(trainer.device),
+        "hours for --total-steps": total / 3600,
+    }
+
+
 def describe(config: Config, folder: Path, trainer: Trainer) -> None:
     """Prints the resolved settings, so that a log says what was run."""
     device, half = trainer.device, trainer.agent.half
@@ -1195,13 +1270,19 @@ DISK_ERRORS = {
 def command(argv: list[str]) -> None:
     """Does what the command line says, or raises."""
     modes, given = parse(argv)
-    wanted = [name for name in ("train", "evaluate") if name in modes]
+    commands = {
+        "train": train_command,
+        "evaluate": evaluate_command,
+        "benchmark": benchmark_command,
+    }
+    wanted = [name for name in commands if name in modes]
     if len(wanted) != 1:
-        raise utils.RunError("give one of --train and --evaluate --restore")
-    if "checkpoint_path" in modes and "restore" not in modes:
-        raise utils.RunError("--checkpoint-path goes with --restore")
+        raise utils.RunError("give one of --train, --evaluate --restore, --benchmark")
+    for name, mode in (("checkpoint_path", "restore"), ("json", "benchmark")):
+        if name in modes and mode not in modes:
+            raise utils.RunError(f"--{name.replace('_', '-')} goes with --{mode}")
     torch.set_flush_denormal(True)
-    {"train": train_command, "evaluate": evaluate_command}[wanted[0]](modes, given)
+    commands[wanted[0]](modes, given)
 
 
 def main(argv: list[str] | None = None) -> int:

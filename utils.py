@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows has no advisory locks of this kind
-    fcntl = None
+    import resource
+except ImportError:  # Windows has neither advisory locks of this kind nor usage figures
+    fcntl = resource = None
 
 
 class RunError(RuntimeError):
@@ -383,6 +384,45 @@ def save_gif(path: Path, frames: np.ndarray, fps: float) -> bytes:
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """Floats in [0, 1], clipped, as bytes."""
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------- the machine
+
+
+class Stopwatch:
+    """Times calls on a device, work that is still queued there included."""
+
+    def __init__(self, device: torch.device):
+        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def median(self, function, repeats: int) -> float:
+        """Median seconds of `repeats` calls, after one that does not count if there are several."""
+        if repeats > 1:
+            function()
+        seconds = []
+        for _ in range(repeats):
+            self._wait()
+            start = time.perf_counter()
+            function()
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds))
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype | None, size: int = 2048) -> float:
+    """FLOP/s of this machine in a square matrix product, median of five."""
+    a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
+    return 2 * size**3 / Stopwatch(device).median(lambda: a @ a, 5)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that was in use, in 10^9 bytes: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def free_memory_gb() -> float:

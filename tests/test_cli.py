@@ -147,6 +147,22 @@ def test_evaluate_a_given_checkpoint_under_another_name(finished):
     assert json.loads(written.read_text())["checkpoint"] == str(path)
 
 
+def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
+    path = tmp_path / "benchmark.json"
+    words = flags(**{**SHORT_RUN, "logdir": tmp_path / "runs"})
+    assert run("--benchmark", "--json", path, *words) == 0
+    out, result = capsys.readouterr().out, json.loads(path.read_text())
+    for name, value in result.items():
+        assert name == "config" or name in out
+        assert not isinstance(value, float) or value > 0 or name == "acting ms"
+    assert result["hours for --total-steps"] < 1
+    assert result["share of matrix product"] == pytest.approx(
+        result["gradient step GFLOP/s"] / result["matrix product GFLOP/s"]
+    )
+    assert not (tmp_path / "runs").exists()
+    error_line(capsys, run("--train", "--json", path), "--benchmark")
+
+
 def test_a_run_that_was_extended_equals_one_that_was_never_stopped(finished, tmp_path):
     assert train(tmp_path, total_steps=160) == 0
     words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=240)
