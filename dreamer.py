@@ -1017,13 +1017,15 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=98),
     )
     modes = parser.add_argument_group("modes")
-    modes.add_argument("--train", action="store_true", help="train a run")
-    modes.add_argument("--evaluate", action="store_true", help="play episodes, write GIFs and JSON")
-    modes.add_argument("--restore", action="store_true", help="go on with the run, or evaluate it")
-    modes.add_argument("--checkpoint-path", metavar="PATH", help="restore this checkpoint; in "
-                       "training, what came after it is forgotten")  # fmt: skip
-    modes.add_argument("--benchmark", action="store_true", help="how fast is this machine, how long "
-                       "will a run take")  # fmt: skip
+    for name, text in (
+        ("train", "train a run"),
+        ("evaluate", "play episodes, write their returns as JSON and GIFs"),
+        ("restore", "go on with the run, or evaluate it"),
+        ("benchmark", "how fast is this machine, how long will a run take"),
+    ):
+        modes.add_argument(f"--{name}", action="store_true", help=text)
+    forgotten = "restore this checkpoint; in training, what came after it is forgotten"
+    modes.add_argument("--checkpoint-path", metavar="PATH", help=forgotten)
     modes.add_argument("--json", metavar="PATH", help="where --benchmark writes its numbers too")
     for f in fields(Config):
         if "group" in f.metadata:
