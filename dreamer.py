@@ -54,16 +54,14 @@ ALGORITHMS = {
 }
 PRESETS = {
     "full": {
-        "update_steps": 100, "pretrain_steps": 100,
         "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
         "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
     },
     "small": {
-        "update_steps": 250, "pretrain_steps": 250,
-        "batch_size": 4, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
+        "batch_size": 16, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
-        "model_learning_rate": 6e-4, "actor_learning_rate": 3e-5, "value_learning_rate": 1e-4,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
     },
 }  # fmt: skip
 
@@ -99,8 +97,8 @@ class Config:
     total_steps: int = flag(100_000, "frames of the whole run", group="schedule", minimum=1)
     seed_steps: int = flag(5000, "frames of random actions before training", minimum=1)
     collect_steps: int = flag(1000, "frames collected in an iteration", minimum=1)
-    update_steps: int = flag(None, "gradient steps in an iteration")
-    pretrain_steps: int = flag(None, "gradient steps in the first iteration")
+    update_steps: int = flag(100, "gradient steps in an iteration")
+    pretrain_steps: int = flag(100, "gradient steps in the first iteration")
     eval_interval: int = flag(
         10_000, "frames between evaluations; 0: none but the last", "--test-interval"
     )

@@ -427,9 +427,9 @@ def test_a_checkpoint_path_without_restore(tmp_path, capsys):
 def test_settings_saved_by_another_version():
     saved = dataclasses.asdict(dreamer.resolve({"algo": "Dreamerv2"}))
     old = {**saved, "buffer_gb": None, "gone_since": 3}
-    del old["update_steps"]
+    del old["batch_size"]
     config = dreamer.resolve({}, old)
-    assert config.update_steps == saved["update_steps"] and config.buffer_gb > 0
+    assert config.batch_size == saved["batch_size"] and config.buffer_gb > 0
     without = dreamer.resolve({"algo": "Dreamerv2", "kl_balance": None})
     assert dreamer.resolve({}, dataclasses.asdict(without)).kl_balance is None
 
