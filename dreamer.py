@@ -1172,11 +1172,11 @@ def write_evaluation(agent, config: Config, step: int, path: Path, episodes: lis
         ],
     }
     utils.write_json(folder / f"evaluation-{step}.json", result)
-    dream = dream_video(agent, episodes[:4], length=100).repeat(2, 1).repeat(2, 2)
+    dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)
     videos = {
         "best": film(config, episodes[int(np.argmax(returns))]),
         "worst": film(config, episodes[int(np.argmin(returns))]),
-        "dream": (dream, 15),
+        "dream": (dream, 10),
     }
     for name, (frames, fps) in videos.items():
         utils.save_gif(folder / "videos" / f"evaluation-{step}-{name}.gif", frames, fps)
