@@ -587,13 +587,13 @@ def start(logdir, *words):
 def test_a_signal_ends_a_real_process_and_the_run_goes_on(tmp_path, number):
     process = start(tmp_path, "--total-steps=100000")
     metrics = folder(tmp_path) / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (
         metrics.exists() and "loss/world" in metrics.read_text()
     ):
         time.sleep(0.1)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + number, out
     assert "goes on with --restore" in out
     assert utils.checkpoints(folder(tmp_path) / "checkpoints")
