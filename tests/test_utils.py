@@ -100,9 +100,15 @@ def test_json_is_written_for_people_too(tmp_path):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+def checkpoint(agent, **more) -> dict:
+    """The least that a checkpoint of this program holds, and more."""
+    return {"agent": agent, "config": {}, "progress": {}, **more}
+
+
 def test_a_checkpoint_gives_back_what_it_was_given(tmp_path):
     state = {
         "agent": {"w": torch.randn(3, 4), "half": torch.ones(2, dtype=torch.bfloat16)},
+        "config": {"env": "walker-walk"},
         "progress": {"step": 5, "best": -float("inf"), "done": False, "text": "ä"},
         "episodes": ["a.npz", "b.npz"],
         "none": None,
@@ -142,7 +148,7 @@ def test_garbage_is_no_checkpoint(data, tmp_path):
 
 def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path):
     path = tmp_path / "5.pt"
-    utils.save_checkpoint(path, {"agent": {"w": torch.randn(50)}, "random": utils.random_state()})
+    utils.save_checkpoint(path, checkpoint({"w": torch.randn(50)}, random=utils.random_state()))
     data = path.read_bytes()
     for length in [*range(0, len(data), len(data) // 20), len(data) - 1]:
         path.write_bytes(data[:length])
@@ -257,7 +263,7 @@ def test_a_random_state_brings_the_draws_back():
 
 
 def test_a_random_state_survives_a_checkpoint(tmp_path):
-    utils.save_checkpoint(tmp_path / "1.pt", {"agent": {}, "random": utils.random_state()})
+    utils.save_checkpoint(tmp_path / "1.pt", checkpoint({}, random=utils.random_state()))
     expected = draws()
     utils.seed_everything(99)
     utils.set_random_state(utils.load_checkpoint(tmp_path / "1.pt")["random"])
@@ -522,7 +528,7 @@ def test_metrics_do_not_follow_a_tensor_that_is_written_again():
 def test_metrics_survive_a_checkpoint(tmp_path):
     metrics = MeanMetrics()
     metrics.add({"loss": torch.tensor(1.0)})
-    utils.save_checkpoint(tmp_path / "1.pt", {"agent": {}, "metrics": metrics.state_dict()})
+    utils.save_checkpoint(tmp_path / "1.pt", checkpoint({}, metrics=metrics.state_dict()))
     again = MeanMetrics()
     again.load_state_dict(utils.load_checkpoint(tmp_path / "1.pt")["metrics"])
     for m in (metrics, again):
