@@ -150,7 +150,7 @@ class ControlSuite(gym.Env):
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 
     def _cheap_rendering(self) -> None:
-        """Settings that halve the time on software GL and change a pixel in a thousand visibly.
+        """Settings that are cheap on software GL and change a pixel in a thousand visibly.
 
         Those lie on the edges of shadows. quadruped-escape, whose terrain shades itself, keeps
         the suite's shadows: there it would be 3 pixels in a hundred. Settings must be made before
