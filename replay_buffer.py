@@ -117,16 +117,18 @@ class ReplayBuffer:
     @property
     def gigabytes(self) -> float:
         """What the rows in use take, in 10^9 bytes."""
-        total = sum(array.nbytes for array in self._arrays.values())
-        return total * self.rows / self.capacity / 1e9
+        return self._total_gigabytes * self.rows / self.capacity
+
+    @property
+    def _total_gigabytes(self) -> float:
+        return sum(array.nbytes for array in self._arrays.values()) / 1e9
 
     def __len__(self) -> int:
         """Episodes in memory."""
         return len(self._episodes)
 
     def __str__(self) -> str:
-        total = sum(array.nbytes for array in self._arrays.values())
-        return f"room for {self.capacity} rows, {total / 1e9:.2f} GB"
+        return f"room for {self.capacity} rows, {self._total_gigabytes:.2f} GB"
 
     def add(self, episode: dict) -> None:
         """Adds an episode; the oldest leave where there is no room.
