@@ -1091,12 +1091,26 @@ def read_config(folder: Path) -> dict | None:
         raise utils.RunError(f"{path} is damaged: {error}") from error
 
 
-def find_checkpoint(modes: dict, folder: Path) -> Path | None:
-    """The checkpoint that was asked for, else the newest of the run."""
+def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None]:
+    """The checkpoint that was asked for, else the newest that can be read, and its state.
+
+    A damaged one is named and the one before is tried. Both are None where a run has none yet.
+
+    Raises:
+        utils.RunError: none of those that there are can be read.
+    """
     if "checkpoint_path" in modes:
-        return Path(modes["checkpoint_path"])
-    found = utils.checkpoints(folder / "checkpoints")
-    return found[-1] if found else None
+        path = Path(modes["checkpoint_path"])
+        return path, utils.load_checkpoint(path)
+    paths = utils.checkpoints(folder / "checkpoints")
+    for path in reversed(paths):
+        try:
+            return path, utils.load_checkpoint(path)
+        except utils.RunError as error:
+            print(f"{error}: trying the one before")
+    if paths:
+        raise utils.RunError(f"no checkpoint of {folder / 'checkpoints'} can be read")
+    return None, None
 
 
 def train_command(modes: dict, given: dict) -> None:
@@ -1119,11 +1133,11 @@ def train_command(modes: dict, given: dict) -> None:
             utils.clear_temporaries(folder / name)
         trainer = Trainer(config, folder, stop)
         describe(config, folder, trainer)
-        path = find_checkpoint(modes, folder) if saved else None
+        path, state = find_checkpoint(modes, folder) if saved else (None, None)
         if path:
             if path.resolve().parent != (folder / "checkpoints").resolve():
                 raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
-            trainer.restore(utils.load_checkpoint(path))
+            trainer.restore(state)
         else:
             trainer.forget_after(0)
         print(f"from {path or 'the start'}", flush=True)
@@ -1136,10 +1150,9 @@ def evaluate_command(modes: dict, given: dict) -> None:
     if not modes.get("restore"):
         raise utils.RunError("--evaluate needs --restore: the newest checkpoint of the run")
     folder = run_folder(Config(**given))
-    path = find_checkpoint(modes, folder)
+    path, state = find_checkpoint(modes, folder)
     if path is None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
-    state = utils.load_checkpoint(path)
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
     env = make_env(config)
     agent = Dreamer(config, len(env.action_space.low), pick_device(config.device))
@@ -1297,13 +1310,23 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not (line := machine_error(error)):
             raise
-        place = f": {error.filename}" if error.filename else ""
-        print(f"dreamer.py: error: {error.strerror}{place}", file=sys.stderr)
+        print(f"dreamer.py: error: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def machine_error(error: Exception) -> str | None:
+    """What is wrong with the machine rather than with the program, in one line; or None."""
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}" if error.errno in DISK_ERRORS else None
+    # On a CPU, PyTorch's allocator has no exception of its own.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return "out of memory: lower --buffer-gb (the replay) or --batch-size (a gradient step)"
+    return None
 
 
 if __name__ == "__main__":

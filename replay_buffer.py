@@ -10,7 +10,6 @@ reward that led to it; row 0 has a zero action and a zero reward.
 """
 
 import io
-import os
 import uuid
 import zipfile
 from collections import deque
@@ -18,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+
+import utils
 
 KEYS = ("image", "action", "reward", "discount")
 
@@ -33,24 +34,12 @@ class ReplayError(RuntimeError):
 def save_episode(folder: Path, episode: dict) -> str:
     """Writes `<UTC time>-<uuid>-<length>.npz` and returns that name; length counts actions.
 
-    The file is whole or absent: it is written to a temporary name, flushed, then renamed.
+    The file is whole or absent.
     """
     now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
     name = f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
-    temporary = folder / f".{name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **episode)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / name)
-        if os.name == "posix":  # the new name survives a power cut, as its checkpoint does
-            descriptor = os.open(folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with utils.atomic_file(folder / name) as file:
+        np.savez_compressed(file, **episode)
     return name
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,13 +93,19 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
     """Reads what `save_checkpoint` wrote; code in the file is never run.
 
     Raises:
-        RunError: no such file, or no checkpoint of this program.
+        RunError: no such file, or no checkpoint of this program, or not as it was written.
     """
     if not path.is_file():
         raise RunError(f"no checkpoint at {path}")
+    data = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises whatever a damaged archive provokes
+        # PyTorch reads past a wrong checksum: weights with a flipped bit would go unnoticed.
+        damaged = zipfile.ZipFile(data).testzip()
+        if damaged:
+            raise zipfile.BadZipFile(damaged)
+        data.seek(0)
+        state = torch.load(data, map_location=device, weights_only=True)
+    except Exception as error:  # the readers raise whatever a damaged archive provokes
         raise RunError(f"{path} is not a checkpoint, or is damaged") from error
     if not isinstance(state, dict) or not {"agent", "config", "progress"} <= state.keys():
         raise RunError(f"{path} is not a checkpoint of this program")

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,16 @@ SHORT_RUN = {
     "update_steps": 3, "pretrain_steps": 4, "total_steps": 240, "eval_interval": 120,
     "eval_episodes": 2, "checkpoint_interval": 80, "video_interval": 120,
 }  # fmt: skip
+
+
+def mutations(data: bytes, n: int):
+    """`n` damaged copies of `data`, the same ones every time: one to three bytes are others."""
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        mutated = bytearray(data)
+        for _ in range(rng.integers(1, 4)):
+            mutated[rng.integers(len(data))] = rng.integers(256)
+        yield bytes(mutated)
 
 
 def flags(**settings) -> list[str]:

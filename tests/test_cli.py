@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -510,6 +511,21 @@ def test_a_run_in_use(finished, capsys):
     error_line(capsys, code, "in use", str(folder(finished)))
 
 
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, allocate):
+    monkeypatch.setattr(dreamer.Dreamer, "update", lambda *_: allocate(10**15))
+    error_line(capsys, train(tmp_path), "out of memory", "--batch-size")
+
+
+def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(dreamer.Dreamer, "update", broken)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        train(tmp_path)
+
+
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "episode.npz")
@@ -545,6 +561,31 @@ def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):
     assert episodes[0].name in capsys.readouterr().out
     assert (folder(tmp_path) / "episodes" / "damaged" / episodes[0].name).exists()
     assert rows(folder(tmp_path))[-1]["step"] == 200
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    *_, before, newest = utils.checkpoints(folder(tmp_path) / "checkpoints")
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    assert run("--evaluate", "--restore", *words, "--eval-episodes", 1) == 0
+    out = capsys.readouterr().out
+    assert newest.name in out and f"at {before.stem} frames" in out
+    assert newest.exists()  # an evaluation changes nothing
+    assert_goes_on_like(finished, tmp_path)
+    out = capsys.readouterr().out
+    assert newest.name in out and f"from {before}" in out
+
+
+def test_no_checkpoint_left(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for checkpoint in (folder(tmp_path) / "checkpoints").iterdir():
+        checkpoint.write_bytes(b"")
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    error_line(capsys, run("--train", "--restore", *words), "no checkpoint", "can be read")
+    assert len(list((folder(tmp_path) / "episodes").iterdir())) == 6
 
 
 def test_no_episode_left(tmp_path, capsys):

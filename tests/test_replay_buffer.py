@@ -12,6 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import mutations
 
 import replay_buffer
 from replay_buffer import DamagedEpisode, ReplayBuffer, ReplayError, load_episode, save_episode
@@ -293,13 +294,9 @@ def test_an_array_that_slipped_by_some_bytes_is_damaged(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_mutated_file_is_more_than_damaged(tmp_path, whole_file):
     """It loads as it was, where the byte means nothing, or it is damaged; there is no third way."""
-    rng = np.random.default_rng(0)
     episode, outcomes = toy_episode(1, 3), Counter()
     path = tmp_path / "x.npz"
-    for _ in range(600):
-        data = bytearray(whole_file)
-        for _ in range(rng.integers(1, 4)):
-            data[rng.integers(len(data))] = rng.integers(256)
+    for data in mutations(whole_file, 2000):
         path.write_bytes(data)
         try:
             loaded = load_episode(path, actions=2)
@@ -308,7 +305,7 @@ def test_no_mutated_file_is_more_than_damaged(tmp_path, whole_file):
         else:
             assert_same_batch(loaded, episode)
             outcomes["loaded"] += 1
-    assert outcomes["damaged"] > 300 and outcomes["loaded"] > 5
+    assert outcomes["damaged"] > 1000 and outcomes["loaded"] > 15
 
 
 # --------------------------------------------------------------------------------------- sampling

@@ -8,12 +8,14 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import mutations
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -153,6 +155,26 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path):
     for length in [*range(0, len(data), len(data) // 20), len(data) - 1]:
         path.write_bytes(data[:length])
         assert_no_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_no_mutated_checkpoint_is_more_than_damaged(tmp_path):
+    """It loads as it was, where the byte means nothing, or it is refused; there is no third way."""
+    path, outcomes = tmp_path / "5.pt", Counter()
+    state = checkpoint({"w": torch.randn(50), "b": torch.arange(3)}, numbers=[1, 2.5, None])
+    utils.save_checkpoint(path, state)
+    for data in mutations(path.read_bytes(), 2000):
+        path.write_bytes(data)
+        try:
+            loaded = utils.load_checkpoint(path)
+        except RunError:
+            outcomes["refused"] += 1
+        else:
+            for name, tensor in state["agent"].items():
+                assert torch.equal(loaded["agent"][name], tensor)
+            assert {**loaded, "agent": 0} == {**state, "agent": 0}
+            outcomes["loaded"] += 1
+    assert outcomes["refused"] > 1000 and outcomes["loaded"] > 15
 
 
 @pytest.mark.parametrize("state", [[1, 2], {"model": {}}, torch.zeros(3), None])
