@@ -40,6 +40,30 @@ def flags(**settings) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def run(*words) -> int:
+    """The exit code of `python dreamer.py <words>`, run in this process."""
+    try:
+        return dreamer.main([str(word) for word in words])
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
+def train(logdir, *words, **more) -> int:
+    return run("--train", *flags(**{**SHORT_RUN, "logdir": logdir, **more}), *words)
+
+
+def folder(logdir, env="cartpole-balance", algo="Dreamerv1", exp="default", seed=1):
+    return logdir / env / algo / exp / str(seed)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole tiny run: prefill, four iterations, two evaluations."""
+    logdir = tmp_path_factory.mktemp("runs")
+    assert train(logdir) == 0
+    return logdir
+
+
 @pytest.fixture
 def tiny_config():
     """Makes a resolved configuration of tiny sizes, with the given differences."""

@@ -15,27 +15,11 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT_RUN, flags
-from kill_run import contents, differences
+from conftest import ROOT, SHORT_RUN, flags, folder, run, train
+from kill_run import differences
 
 import dreamer
 import utils
-
-
-def run(*words) -> int:
-    """The exit code of `python dreamer.py <words>`, run in this process."""
-    try:
-        return dreamer.main([str(word) for word in words])
-    except SystemExit as exit:  # argparse
-        return exit.code
-
-
-def train(logdir, *words, **more) -> int:
-    return run("--train", *flags(**{**SHORT_RUN, "logdir": logdir, **more}), *words)
-
-
-def folder(logdir, env="cartpole-balance", algo="Dreamerv1", exp="default", seed=1):
-    return logdir / env / algo / exp / str(seed)
 
 
 def rows(path) -> list[dict]:
@@ -64,14 +48,6 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b or a != a
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A whole tiny run: prefill, four iterations, two evaluations."""
-    logdir = tmp_path_factory.mktemp("runs")
-    assert train(logdir) == 0
-    return logdir
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -648,36 +624,6 @@ def test_the_plain_script_says_what_is_wrong_without_a_traceback():
     )  # fmt: skip
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and "nonsense-task" in result.stderr
-
-
-def test_a_run_killed_in_every_phase_equals_one_that_was_never_killed(tmp_path):
-    """The short form of `python tests/kill_run.py --kills 50`."""
-    command = [sys.executable, "tests/kill_run.py", "--kills", "8"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "| all, each restored | 8 |" in result.stdout
-    assert "Differences: none." in result.stdout
-
-
-def test_the_comparison_of_runs_sees_what_differs(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    one, two = folder(finished), folder(tmp_path)
-    assert differences(one, two) == []
-    with (two / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 240, "train/return": 1.0}\n')
-    logger = utils.Logger(two, {path.name: 10**9 for path in two.iterdir() if path.is_file()})
-    logger.video(240, "evaluation", np.zeros((2, 8, 8, 3), np.uint8), 10)
-    logger.close()
-    (two / "episodes" / ".x.npz.tmp").write_bytes(b"")
-    path = utils.checkpoints(two / "checkpoints")[-1]
-    state = utils.load_checkpoint(path)
-    state["agent"]["networks"]["actor.net.0.bias"][0] += 1e-7
-    state["random"]["torch"][0] += 1
-    state["progress"]["updates"] += 1
-    state["every"]["video"] += 1
-    state["episodes"].reverse()
-    utils.save_checkpoint(path, state)
-    assert differences(one, two) == list(contents(one))
 
 
 def test_max_hours_stops_cleanly(tmp_path):

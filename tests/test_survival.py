@@ -1,0 +1,103 @@
+"""What a run survives: kills, a full disk, many iterations."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHORT_RUN, flags, folder, run, train
+from kill_run import contents, differences
+
+import dreamer
+import utils
+
+
+def test_a_run_killed_in_every_phase_equals_one_that_was_never_killed(tmp_path):
+    """The short form of `python tests/kill_run.py --kills 50`."""
+    command = [sys.executable, "tests/kill_run.py", "--kills", "8"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "| all, each restored | 8 |" in result.stdout
+    assert "Differences: none." in result.stdout
+
+
+def test_the_comparison_of_runs_sees_what_differs(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    one, two = folder(finished), folder(tmp_path)
+    assert differences(one, two) == []
+    with (two / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 240, "train/return": 1.0}\n')
+    logger = utils.Logger(two, {path.name: 10**9 for path in two.iterdir() if path.is_file()})
+    logger.video(240, "evaluation", np.zeros((2, 8, 8, 3), np.uint8), 10)
+    logger.close()
+    (two / "episodes" / ".x.npz.tmp").write_bytes(b"")
+    path = utils.checkpoints(two / "checkpoints")[-1]
+    state = utils.load_checkpoint(path)
+    state["agent"]["networks"]["actor.net.0.bias"][0] += 1e-7
+    state["random"]["torch"][0] += 1
+    state["progress"]["updates"] += 1
+    state["every"]["video"] += 1
+    state["episodes"].reverse()
+    utils.save_checkpoint(path, state)
+    assert differences(one, two) == list(contents(one))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 1 MB, and a function that makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("no mount command here")
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not mount("size=1m"):
+        pytest.skip("only root may mount a file system")
+    yield disk, lambda: mount("remount,size=100m")
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_when_there_is_room(
+    finished, small_disk
+):
+    disk, enlarge = small_disk
+    command = [sys.executable, "dreamer.py", "--train", *flags(**SHORT_RUN, logdir=disk)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and "No space left on device" in lines[0]
+    for path in utils.checkpoints(folder(disk) / "checkpoints"):
+        utils.load_checkpoint(path)
+    assert enlarge()
+    words = flags(env="cartpole-balance", logdir=disk)
+    assert run("--train", "--restore", *words) == 0
+    assert differences(folder(finished), folder(disk)) == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads Linux's /proc")
+def test_memory_and_open_files_stay_flat_over_200_iterations(tmp_path, monkeypatch):
+    seen = []
+    end = dreamer.Trainer.end_iteration
+
+    def spy(self):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return end(self)
+
+    monkeypatch.setattr(dreamer.Trainer, "end_iteration", spy)
+    more = {
+        "time_limit": 12, "collect_steps": 12, "seed_steps": 24, "total_steps": 2400,
+        "update_steps": 1, "pretrain_steps": 1, "eval_interval": 600, "checkpoint_interval": 240,
+        "video_interval": 600, "buffer_gb": 0.001,
+    }  # fmt: skip
+    assert train(tmp_path, **more) == 0
+    memory, files = np.array(seen).T
+    assert len(seen) == 199
+    assert files[-50:].max() <= files[20:70].max()
+    assert memory[-20:].mean() - memory[40:60].mean() < 8e6, memory.tolist()
