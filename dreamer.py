@@ -57,11 +57,13 @@ PRESETS = {
         "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
         "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
+        "model_rate_decay": 0, "kl_scale": 1.0,
     },
     "small": {
         "batch_size": 16, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
-        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
+        "model_learning_rate": 1.5e-3, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
+        "model_rate_decay": 1000, "kl_scale": 0.1,
     },
 }  # fmt: skip
 
@@ -129,11 +131,14 @@ class Config:
     kl_balance: float = flag(
         None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
     )
-    kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
+    kl_scale: float = flag(None, "weight of the KL in the model's loss")
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
     model_learning_rate: float = flag(None, "of the world model")
+    model_rate_decay: int = flag(
+        None, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
+    )
     actor_learning_rate: float = flag(None, "of the actor")
     value_learning_rate: float = flag(None, "of the value")
     adam_epsilon: float = flag(1e-7, "of the three optimizers")
@@ -495,17 +500,29 @@ class Dreamer(nn.Module):
         self._backward("actor", losses["actor"], metrics)
         return {name: value.detach() for name, value in metrics.items()}
 
-    def update(self, batch: dict) -> dict:
-        """One gradient step on a batch (T, B, ...) that lies on the device.
+    def update(self, batch: dict, number: int = 0) -> dict:
+        """Gradient step `number` of the run, on a batch (T, B, ...) that lies on the device.
 
         Three losses, three optimizers; every gradient is taken at the old weights. Returns
         scalar tensors by name, still on the device: nothing here waits for it.
         """
         metrics = self.gradients(batch)
+        for group in self.optimizers["world"].param_groups:
+            group["lr"] = self.model_rate(number)
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
         return metrics
+
+    def model_rate(self, number: int) -> float:
+        """The world model's learning rate at gradient step `number`.
+
+        Small batches need it: a rate that learns fast at first later shakes the model more than
+        it teaches it.
+        """
+        c = self.config
+        decay = 1 + number / c.model_rate_decay if c.model_rate_decay else 1
+        return c.model_learning_rate / decay
 
     def _backward(self, name: str, loss: Tensor, metrics: dict, retain_graph=False) -> None:
         """The clipped gradient of `loss` for the network `name`, and for no other."""
@@ -790,7 +807,7 @@ class Trainer:
         start = time.monotonic()
         batch = self.batch(p.updates)
         sampled = time.monotonic()
-        metrics = self.agent.update(batch)
+        metrics = self.agent.update(batch, p.updates)
         self.metrics.add(metrics)
         self.watched.append(torch.stack([metrics[name] for name in self.watched_names]))
         p.updates += 1

@@ -294,6 +294,29 @@ def test_nothing_in_the_gradient_step_waits_or_depends_on_data(make_agent, make_
         torch.ones(1).item()
 
 
+def test_the_models_rate_falls_with_the_gradient_steps_and_no_other(make_agent, make_batch):
+    agent = make_agent(model_learning_rate=0.01, model_rate_decay=100)
+    assert [agent.model_rate(n) for n in (0, 100, 300)] == [0.01, 0.005, 0.0025]
+    batch, moved = make_batch(agent.config), {}
+    for number in (0, 100):
+        before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+        for optimizer in agent.optimizers.values():
+            optimizer.state.clear()  # the first step of Adam is as long as the rate
+        torch.manual_seed(0)
+        agent.update(batch, number)
+        moved[number] = {n: (p - before[n]).abs().max().item() for n, p in agent.named_parameters()}
+    for name in ("world.rssm.cell.weight_hh", "world.decoder.net.6.weight"):
+        assert moved[100][name] / moved[0][name] == pytest.approx(0.5, rel=0.01)
+    for name in ("actor.net.0.weight", "value.net.0.weight"):
+        assert moved[100][name] / moved[0][name] == pytest.approx(1, rel=0.01)
+
+
+def test_without_a_decay_the_models_rate_is_constant(make_agent):
+    assert (
+        make_agent(model_rate_decay=0).model_rate(10**6) == make_agent().config.model_learning_rate
+    )
+
+
 def test_state_holds_every_network_and_optimizer(make_agent, make_batch):
     agent, other = make_agent(), make_agent()
     batch = make_batch(agent.config)

@@ -336,6 +336,7 @@ def test_the_full_preset_has_the_papers_values():
     assert (c.model_learning_rate, c.actor_learning_rate, c.value_learning_rate) == (
         6e-4, 8e-5, 8e-5,
     )  # fmt: skip
+    assert (c.model_rate_decay, c.kl_scale) == (0, 1.0)
 
 
 def test_help_is_short_enough_to_read(capsys):
