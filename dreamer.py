@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -105,6 +105,10 @@ class Config:
         10_000, "frames between evaluations; 0: none but the last", "--test-interval"
     )
     eval_episodes: int = flag(10, "episodes of an evaluation", "--test-episodes", minimum=1)
+    vector_env: str = flag(
+        "auto", "evaluation's episodes: async: a process each; sync: one process; auto: by cores",
+        choices=("auto", "async", "sync"),
+    )  # fmt: skip
     checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: only the last and best")
     video_interval: int = flag(50_000, "frames between videos, made at evaluations; 0: none")
     max_hours: float = flag(None, "stop cleanly after so many hours")
@@ -149,7 +153,7 @@ class Config:
 # same ones go on bit for bit.
 MAY_CHANGE = {
     "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "max_hours",
+    "checkpoint_interval", "video_interval", "max_hours", "vector_env",
 }  # fmt: skip
 # An evaluation may also be of other episodes, and of another task of the same shape.
 EVALUATION_MAY_CHANGE = MAY_CHANGE | {"env", "exp", "seed", "action_repeat", "time_limit"}
@@ -591,19 +595,16 @@ class Recorder:
     """The rows of an episode as they come, and the arrays that the replay takes."""
 
     def __init__(self, frame: np.ndarray, actions: int):
-        self.rows, self.frames, self.over = [], 0, False
+        self.rows, self.over = [], False
         self._add(frame, np.zeros(actions), 0.0, False)
 
     def _add(self, frame, action, reward, terminated) -> None:
         self.rows.append((frame, action, reward, 0.0 if terminated else 1.0))
 
-    def step(self, env, action: np.ndarray) -> np.ndarray:
-        """Takes `action` in `env` and returns the frame that it led to."""
-        frame, reward, terminated, truncated, info = env.step(action)
+    def add(self, action, frame, reward, terminated, truncated) -> None:
+        """A row: `action`, and what the environment's `step` returned for it."""
         self._add(frame, action, reward, terminated)
-        self.frames += info["frames"]
         self.over = terminated or truncated
-        return frame
 
     def episode(self) -> dict:
         """Arrays by key, rows as in the replay."""
@@ -622,42 +623,48 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     before = utils.random_state()
     frame, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
-    recorder = Recorder(frame, len(env.action_space.low))
+    recorder, frames = Recorder(frame, len(env.action_space.low)), 0
     policy = Policy(agent, 1, explore=True) if agent else None
     try:
         while not recorder.over:
             stop.check()
             action = policy(frame[None])[0] if policy else env.action_space.sample()
-            frame = recorder.step(env, action)
+            frame, *outcome, info = env.step(action)
+            recorder.add(action, frame, *outcome)
+            frames += info["frames"]
     except utils.Stopped:
         utils.set_random_state(before)
         raise
-    return recorder.episode(), recorder.frames
+    return recorder.episode(), frames
 
 
-def evaluate(agent: Dreamer, config: Config, stop: utils.StopSignal) -> list[dict]:
-    """Plays `eval_episodes` episodes with the policy's mode, all in lockstep, and returns them.
+def make_evaluation_envs(config: Config):
+    """The environments of an evaluation, in lockstep; in processes where there are cores."""
+    c = config
+    parallel = c.vector_env == "async" or (c.vector_env == "auto" and utils.cores() > 1)
+    arguments = (c.env, c.seed, c.action_repeat, c.time_limit)
+    return env_wrapper.make_vector_env(c.eval_episodes, parallel, *arguments)
+
+
+def evaluate(agent: Dreamer, config: Config, envs, stop: utils.StopSignal) -> list[dict]:
+    """Plays an episode in each of `envs` with the policy's mode, in lockstep, and returns them.
 
     Nothing that training uses is touched: the environments are others, seeded otherwise, and the
     generators are put back. The same weights give the same episodes. Beside the replay's arrays
     an episode holds its `seed` and its `return`.
     """
-    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(config.eval_episodes)]
-    envs = [make_env(config) for _ in seeds]
-    try:
-        with utils.isolated_random(seeds[0]):
-            frames = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-            recorders = [Recorder(frame, agent.actions) for frame in frames]
-            policy = Policy(agent, len(envs), explore=False)
-            while not all(recorder.over for recorder in recorders):
-                stop.check()
-                actions = policy(np.stack(frames))
-                for i, recorder in enumerate(recorders):
-                    if not recorder.over:
-                        frames[i] = recorder.step(envs[i], actions[i])
-    finally:
-        for env in envs:
-            env.close()
+    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(envs.num_envs)]
+    with utils.isolated_random(seeds[0]):
+        frames, _ = envs.reset(seed=seeds)
+        recorders = [Recorder(frame, agent.actions) for frame in frames]
+        policy = Policy(agent, len(seeds), explore=False)
+        while not all(recorder.over for recorder in recorders):
+            stop.check()
+            actions = policy(frames)
+            frames, *outcomes, _ = envs.step(actions)
+            for recorder, *row in zip(recorders, actions, frames, *outcomes):
+                if not recorder.over:  # one that is begins anew, unseen
+                    recorder.add(*row)
     episodes = [recorder.episode() for recorder in recorders]
     return [
         {**episode, "seed": seed, "return": float(episode["reward"].sum())}
@@ -732,7 +739,7 @@ class Trainer:
         self.config, self.folder, self.stop = config, folder, stop
         self.device = pick_device(config.device)
         utils.seed_everything(config.seed)
-        self.env = make_env(config)
+        self.env, self.evaluation_envs = make_env(config), None  # those when they are needed
         actions = self.env.action_space.shape[0]
         self.agent = Dreamer(config, actions, self.device)
         self.replay = self._make_replay(actions)
@@ -800,6 +807,8 @@ class Trainer:
         self.bar.close()
         self.logger.close()
         self.env.close()
+        if self.evaluation_envs:
+            self.evaluation_envs.close()
 
     def gradient_step(self) -> None:
         """One gradient step, on the batch that its number names; metrics at the last one."""
@@ -899,10 +908,15 @@ class Trainer:
             self.save()
         return last
 
+    def play(self) -> list[dict]:
+        """The episodes of an evaluation."""
+        self.evaluation_envs = self.evaluation_envs or make_evaluation_envs(self.config)
+        return evaluate(self.agent, self.config, self.evaluation_envs, self.stop)
+
     def evaluate(self) -> bool:
         """Evaluates, with videos where due; true if this was the best evaluation so far."""
         c, p = self.config, self.progress
-        episodes = evaluate(self.agent, c, self.stop)
+        episodes = self.play()
         returns = [e["return"] for e in episodes]
         mean = float(np.mean(returns))
         self.logger.scalars(
@@ -1171,12 +1185,11 @@ def evaluate_command(modes: dict, given: dict) -> None:
     if path is None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
-    env = make_env(config)
-    agent = Dreamer(config, len(env.action_space.low), pick_device(config.device))
-    env.close()
-    load_agent(agent, state)
-    with utils.StopSignal(config.max_hours) as stop:
-        episodes = evaluate(agent, config, stop)
+    with utils.StopSignal(config.max_hours) as stop, closing(make_evaluation_envs(config)) as envs:
+        actions = envs.single_action_space.shape[0]
+        agent = Dreamer(config, actions, pick_device(config.device))
+        load_agent(agent, state)
+        episodes = evaluate(agent, config, envs, stop)
     for number, episode in enumerate(episodes, 1):
         print(f"episode {number}: return {episode['return']:.1f}")
     step, returns = state["progress"]["step"], [e["return"] for e in episodes]
@@ -1247,7 +1260,8 @@ def benchmark(trainer: Trainer) -> dict:
     with FlopCounterMode(display=False) as counter:
         agent.update(batch)
     matmul = utils.matmul_flops(trainer.device, agent.half)
-    evaluation_seconds = clock.median(lambda: evaluate(agent, c, trainer.stop), 1)
+    trainer.play()  # starts the environments, once in a run
+    evaluation_seconds = clock.median(trainer.play, 1)
     iterations = max(0, c.total_steps - c.seed_steps) / c.collect_steps
     evaluations = c.total_steps // c.eval_interval if c.eval_interval else 1
     total = (

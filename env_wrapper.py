@@ -9,7 +9,10 @@ chosen before that.
 """
 
 import difflib
+import functools
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from typing import ClassVar
@@ -207,3 +210,34 @@ def make_env(task, seed=None, action_repeat=2, time_limit=1000, render_mode=None
     """
     env = ControlSuite(task, seed, action_repeat, time_limit, render_mode)
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
+    """`n` environments that are stepped together, `make_env(*arguments)` each.
+
+    In parallel each is a process of its own, which does not answer to Ctrl-C: this process does,
+    and closes them.
+    """
+    if not parallel:
+        return gym.vector.SyncVectorEnv([lambda: make_env(*arguments)] * n)
+    choose_gl()
+    # Not forked from here: threads and GL contexts do not survive a fork.
+    methods = multiprocessing.get_all_start_methods()
+    context = "forkserver" if "forkserver" in methods else "spawn"
+    # A worker imports the main module anew, to find what was defined there. Nothing was, and
+    # PyTorch would come with it.
+    main = sys.modules["__main__"]
+    file = main.__dict__.pop("__file__", None)
+    try:
+        envs = [functools.partial(_make_in_worker, os.getpid(), *arguments)] * n
+        return gym.vector.AsyncVectorEnv(envs, context=context)
+    finally:
+        if file is not None:
+            main.__file__ = file
+
+
+def _make_in_worker(parent: int, *arguments) -> gym.Env:
+    if os.getpid() != parent:  # AsyncVectorEnv makes one in its own process too, to look at it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa would start a thread a core in each
+    return make_env(*arguments)

@@ -22,6 +22,7 @@ SHORT_RUN = {
     **TINY, "env": "cartpole-balance", "time_limit": 40, "seed_steps": 80, "collect_steps": 40,
     "update_steps": 3, "pretrain_steps": 4, "total_steps": 240, "eval_interval": 120,
     "eval_episodes": 2, "checkpoint_interval": 80, "video_interval": 120,
+    "vector_env": "sync",
 }  # fmt: skip
 
 

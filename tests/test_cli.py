@@ -103,7 +103,8 @@ def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
     agent = dreamer.Dreamer(config, 1, torch.device("cpu"))
     dreamer.load_agent(agent, state)
     with utils.StopSignal() as stop:
-        episode = dreamer.evaluate(agent, config, stop)[1]
+        envs = dreamer.make_evaluation_envs(config)
+        episode = dreamer.evaluate(agent, config, envs, stop)[1]
     seen = []
     step = dreamer.env_wrapper.ControlSuite.step
 

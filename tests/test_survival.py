@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +103,46 @@ def test_memory_and_open_files_stay_flat_over_200_iterations(tmp_path, monkeypat
     assert len(seen) == 199
     assert files[-50:].max() <= files[20:70].max()
     assert memory[-20:].mean() - memory[40:60].mean() < 8e6, memory.tolist()
+
+
+# ------------------------------------------------- evaluation in processes of its own
+
+
+def test_evaluation_in_processes_finds_the_same(finished, tmp_path):
+    assert train(tmp_path, vector_env="async") == 0
+    assert differences(folder(finished), folder(tmp_path)) == []
+
+
+def group_is_alive(process) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_worker_outlives_its_run_nor_takes_the_terminals_interrupt(tmp_path, number, code):
+    """Ctrl-C reaches every process of the group; SIGKILL only the run itself."""
+    more = {"total_steps": 10**5, "vector_env": "async", "logdir": tmp_path}
+    command = [sys.executable, "dreamer.py", "--train", *flags(**{**SHORT_RUN, **more})]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    metrics, deadline = folder(tmp_path) / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and "eval/return_mean" in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, "no evaluation came"
+        time.sleep(0.1)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    assert process.wait(timeout=120) == code
+    deadline = time.monotonic() + 60
+    while group_is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_is_alive(process)
+    if number == signal.SIGINT:  # after a kill the workers complain as they end
+        assert "Traceback" not in (tmp_path / "log").read_text()
