@@ -21,6 +21,8 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -96,6 +98,8 @@ class Config:
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
 
+    eager: bool = flag(False, "on CUDA, do not capture gradient steps and acting as graphs")
+
     total_steps: int = flag(100_000, "frames of the whole run", group="schedule", minimum=1)
     seed_steps: int = flag(5000, "frames of random actions before training", minimum=1)
     collect_steps: int = flag(1000, "frames collected in an iteration", minimum=1)
@@ -153,7 +157,7 @@ class Config:
 # same ones go on bit for bit.
 MAY_CHANGE = {
     "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "max_hours", "vector_env",
+    "checkpoint_interval", "video_interval", "max_hours", "vector_env", "eager",
 }  # fmt: skip
 # An evaluation may also be of other episodes, and of another task of the same shape.
 EVALUATION_MAY_CHANGE = MAY_CHANGE | {"env", "exp", "seed", "action_repeat", "time_limit"}
@@ -335,12 +339,16 @@ class Dreamer(nn.Module):
             "actor": c.actor_learning_rate,
             "value": c.value_learning_rate,
         }
+        self.captures = device.type == "cuda" and not c.eager
+        if self.captures:  # a graph reads the rates where they lie
+            rates = {name: torch.tensor(lr, device=device) for name, lr in rates.items()}
+        options = {"eps": c.adam_epsilon, "fused": True, "capturable": self.captures}
         self.optimizers = {
-            name: torch.optim.Adam(
-                getattr(self, name).parameters(), lr, eps=c.adam_epsilon, fused=True
-            )
+            name: torch.optim.Adam(getattr(self, name).parameters(), lr, **options)
             for name, lr in rates.items()
         }
+        self._batch, self._replay = None, None  # what the captured gradient step reads, and it
+        self._policies = {}
         self.half = self._half_type()
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
 
@@ -385,6 +393,14 @@ class Dreamer(nn.Module):
             action = policy.rsample()
             noise = self.config.action_noise * torch.randn_like(action)
             return (action + noise).clamp(-1, 1), state
+
+    def policy(self, n: int, explore: bool) -> "Policy":
+        """Acts from the start of `n` episodes; the same object every time."""
+        key = n, explore
+        if key not in self._policies:
+            self._policies[key] = Policy(self, n, explore)
+        self._policies[key].reset()
+        return self._policies[key]
 
     @torch.no_grad()
     def dream(self, image: Tensor, action: Tensor, context: int = 5):
@@ -508,11 +524,26 @@ class Dreamer(nn.Module):
         """Gradient step `number` of the run, on a batch (T, B, ...) that lies on the device.
 
         Three losses, three optimizers; every gradient is taken at the old weights. Returns
-        scalar tensors by name, still on the device: nothing here waits for it.
+        scalar tensors by name, still on the device: nothing here waits for it. On CUDA the first
+        step is captured as one graph, and all are replays of it.
         """
-        metrics = self.gradients(batch)
         for group in self.optimizers["world"].param_groups:
-            group["lr"] = self.model_rate(number)
+            if self.captures:
+                group["lr"].fill_(self.model_rate(number))
+            else:
+                group["lr"] = self.model_rate(number)
+        if not self.captures:
+            return self._update(batch)
+        if self._replay is None:
+            self._batch = {key: value.clone() for key, value in batch.items()}
+            step, undo = lambda: self._update(self._batch), self._undo()
+            self._replay = utils.capture(step, self.device, undo)
+        for key, value in batch.items():
+            self._batch[key].copy_(value)
+        return self._replay()
+
+    def _update(self, batch: dict) -> dict:
+        metrics = self.gradients(batch)
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -536,14 +567,41 @@ class Dreamer(nn.Module):
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip_norm)
         metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
+        if self.scaler.is_enabled():  # the step is skipped, and the scale halved
+            metrics[f"overflow/{name}"] = 1 - norm.isfinite().to(self.dtype)
+
+    def _undo(self) -> Callable[[], None]:
+        """A function that puts back, in place, what gradient steps from now on change."""
+        weights = [(p, p.detach().clone()) for p in self.parameters()]
+        moments = {
+            p: {key: tensor.clone() for key, tensor in state.items()}
+            for optimizer in self.optimizers.values()
+            for p, state in optimizer.state.items()
+        }
+        scaler = self.scaler.state_dict()
+
+        @torch.no_grad()
+        def undo():
+            for p, old in weights:
+                p.copy_(old)
+            for optimizer in self.optimizers.values():
+                for p, state in optimizer.state.items():
+                    for key, tensor in state.items():  # Adam starts from zeros
+                        tensor.copy_(moments[p][key]) if p in moments else tensor.zero_()
+            if scaler:
+                self.scaler.load_state_dict(scaler)
+
+        return undo
 
     # --------------------------------------------------------------------------- state
 
     def state(self) -> dict:
         """All that training changes: every network, every optimizer, the loss scaler."""
+        optimizers = self.optimizers.items()
         return {
             "networks": self.state_dict(),
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            # Without the rates and the like: those are in the configuration.
+            "optimizers": {n: {"state": o.state_dict()["state"]} for n, o in optimizers},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -551,7 +609,10 @@ class Dreamer(nn.Module):
         """Undoes `state`."""
         self.load_state_dict(state["networks"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            options = optimizer.state_dict()["param_groups"]
+            moments = state["optimizers"][name]["state"]
+            optimizer.load_state_dict({"state": moments, "param_groups": options})
+        self._replay = None  # it knows the optimizers' old tensors
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -578,17 +639,31 @@ class Policy:
     """Acts in N environments at once and remembers their states.
 
     Called with images (N, 64, 64, 3) uint8 of consecutive steps; returns actions (N, A) float32.
+    Its tensors stay where they are, so that on CUDA a step is captured once (see
+    `Dreamer.policy`).
     """
 
     def __init__(self, agent: Dreamer, n: int, explore: bool):
         self.agent, self.explore = agent, explore
-        self.state = agent.world.rssm.initial(n)
+        self.image = torch.zeros(n, 64, 64, 3, dtype=torch.uint8, device=agent.device)
+        self.state = agent.world.rssm.initial(n).map(torch.clone)
         self.action = self.state.stoch.new_zeros(n, agent.actions)
+        self.step = utils.capture(self._step, agent.device) if agent.captures else self._step
+
+    def reset(self) -> None:
+        """Before the first step of episodes."""
+        for tensor in (self.action, *self.state):
+            tensor.zero_()
+
+    def _step(self) -> None:
+        action, state = self.agent.act(self.image, self.state, self.action, self.explore)
+        for mine, new in zip((self.action, *self.state), (action, *state)):
+            mine.copy_(new)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(image).to(self.agent.device)
-        self.action, self.state = self.agent.act(image, self.state, self.action, self.explore)
-        return self.action.cpu().numpy()
+        self.image.copy_(torch.from_numpy(image))
+        self.step()
+        return self.action.cpu().numpy().copy()
 
 
 class Recorder:
@@ -624,7 +699,7 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     frame, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
     recorder, frames = Recorder(frame, len(env.action_space.low)), 0
-    policy = Policy(agent, 1, explore=True) if agent else None
+    policy = agent.policy(1, explore=True) if agent else None
     try:
         while not recorder.over:
             stop.check()
@@ -657,7 +732,7 @@ def evaluate(agent: Dreamer, config: Config, envs, stop: utils.StopSignal) -> li
     with utils.isolated_random(seeds[0]):
         frames, _ = envs.reset(seed=seeds)
         recorders = [Recorder(frame, agent.actions) for frame in frames]
-        policy = Policy(agent, len(seeds), explore=False)
+        policy = agent.policy(len(seeds), explore=False)
         while not all(recorder.over for recorder in recorders):
             stop.check()
             actions = policy(frames)
@@ -751,6 +826,7 @@ class Trainer:
         }
         self.metrics = utils.MeanMetrics()
         self.times = {"sample": 0.0, "update": 0.0}
+        self.sampler, self.ahead = ThreadPoolExecutor(1), (None, None)
         networks = self.agent.optimizers
         self.watched_names = [f"loss/{name}" for name in networks]
         if not self.agent.scaler.is_enabled():  # with loss scaling a gradient may overflow
@@ -806,6 +882,7 @@ class Trainer:
     def close(self) -> None:
         self.bar.close()
         self.logger.close()
+        self.sampler.shutdown()
         self.env.close()
         if self.evaluation_envs:
             self.evaluation_envs.close()
@@ -814,7 +891,7 @@ class Trainer:
         """One gradient step, on the batch that its number names; metrics at the last one."""
         p = self.progress
         start = time.monotonic()
-        batch = self.batch(p.updates)
+        batch = self.next_batch()
         sampled = time.monotonic()
         metrics = self.agent.update(batch, p.updates)
         self.metrics.add(metrics)
@@ -841,8 +918,23 @@ class Trainer:
         """The batch of gradient step `number`, on the device; uint8 frames."""
         c = self.config
         seed = (c.seed, REPLAY, number)
-        batch = self.replay.sample(c.batch_size, c.train_seq_len, seed)
-        return {key: torch.from_numpy(value).to(self.device) for key, value in batch.items()}
+        arrays = self.replay.sample(c.batch_size, c.train_seq_len, seed)
+        batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
+        if self.device.type == "cuda":  # from pinned memory the copy is queued, not waited for
+            batch = {key: value.pin_memory() for key, value in batch.items()}
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def next_batch(self) -> dict:
+        """The batch of this gradient step; that of the next is drawn while this one is taken.
+
+        Not across iterations: episodes come between them.
+        """
+        p = self.progress
+        number, future = self.ahead
+        batch = future.result() if number == p.updates else self.batch(p.updates)
+        if p.updates_left > 1:
+            self.ahead = p.updates + 1, self.sampler.submit(self.batch, p.updates + 1)
+        return batch
 
     def check_finite(self) -> None:
         """Stops the run at the first loss or gradient that is not finite; the batch is saved.

@@ -396,6 +396,45 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the machine
 
 
+def capture(function, device: torch.device, undo=lambda: None):
+    """`function`, which takes nothing, as one CUDA graph; itself where it cannot be captured.
+
+    It must read and write tensors that stay where they are, and never wait for the device. What
+    it returns is overwritten by the next call. Before the capture it is run three times, as
+    libraries choose and allocate in their first calls; `undo` then takes back what those changed.
+    Random numbers are put back here.
+    """
+    before = torch.cuda.get_rng_state(device)
+    with torch.cuda.device(device):
+        try:
+            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    function()
+            main.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Another thread may draw the next batch meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"warning: CUDA capture failed, going on without it: {reason}", file=sys.stderr)
+            return function
+        finally:
+            torch.cuda.synchronize()
+            undo()
+            torch.cuda.set_rng_state(before, device)
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay
+
+
 class Stopwatch:
     """Times calls on a device, work that is still queued there included."""
 

@@ -26,6 +26,10 @@ SHORT_RUN = {
 }  # fmt: skip
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
 def mutations(data: bytes, n: int):
     """`n` damaged copies of `data`, the same ones every time: one to three bytes are others."""
     rng = np.random.default_rng(0)

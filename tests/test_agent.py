@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -328,6 +329,58 @@ def test_state_holds_every_network_and_optimizer(make_agent, make_batch):
         one.update(batch)
     for a, b in zip(agent.parameters(), other.parameters()):
         assert torch.equal(a, b)
+
+
+def test_undo_takes_back_in_place_what_steps_changed(make_agent, make_batch):
+    """What a capture needs: its first steps must not count, and every tensor must stay."""
+    agent = make_agent()
+    batch = make_batch(agent.config)
+    agent.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for steps in (0, 2):  # before Adam has any state, and after
+        for _ in range(steps):
+            agent.update(batch)
+        places = [p.data_ptr() for p in agent.parameters()]
+        before, undo = copy.deepcopy(agent.state()), agent._undo()
+        agent.update(batch)
+        agent.update(batch)
+        undo()
+        after = agent.state()
+        for name, value in before["networks"].items():
+            assert torch.equal(after["networks"][name], value)
+        for name, optimizer in after["optimizers"].items():
+            for i, state in optimizer["state"].items():
+                old = before["optimizers"][name]["state"].get(i)
+                for key, value in state.items():
+                    assert torch.equal(value, old[key] if old else torch.zeros_like(value))
+        assert after["scaler"] == before["scaler"]
+        assert [p.data_ptr() for p in agent.parameters()] == places
+
+
+def test_an_overflow_is_counted_and_skips_the_step(make_agent, make_batch):
+    agent = make_agent()
+    batch = make_batch(agent.config)
+    agent.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1)
+    before = [p.detach().clone() for p in agent.parameters()]
+    metrics = agent.update(batch)
+    assert metrics["overflow/world"] == 1
+    assert all(torch.equal(p, q) for p, q in zip(agent.world.parameters(), before))
+    assert agent.scaler.get_scale() == pytest.approx(1.5e38)
+    agent.scaler.update(2.0**4)
+    metrics = agent.update(batch)
+    assert metrics["overflow/world"] == metrics["overflow/actor"] == 0
+    assert not torch.equal(next(agent.world.parameters()), before[0])
+
+
+def test_a_policy_starts_each_episode_from_nothing(make_agent):
+    agent = make_agent()
+    images = np.random.default_rng(0).integers(0, 256, (4, 2, 64, 64, 3), np.uint8)
+    played = []
+    for _ in range(2):
+        policy = agent.policy(2, explore=False)
+        torch.manual_seed(0)
+        played.append([policy(image) for image in images])
+    np.testing.assert_array_equal(played[0], played[1])
+    assert not np.array_equal(played[0][0], played[0][1])  # and remembers within one
 
 
 def test_act_samples_with_noise_or_takes_the_mode(make_agent):

@@ -275,6 +275,26 @@ def test_a_full_replay_goes_on_exactly(tmp_path):
     assert max(r.get("replay/episodes", 0) for r in rows(folder(tmp_path / "a"))) == 3
 
 
+def test_a_batch_drawn_ahead_is_the_batch_of_its_step(tmp_path, monkeypatch):
+    update, seen = dreamer.Dreamer.update, []
+
+    def spy(self, batch, number):
+        seen.append((number, batch))
+        return update(self, batch, number)
+
+    monkeypatch.setattr(dreamer.Dreamer, "update", spy)
+    next_batch = dreamer.Trainer.next_batch
+
+    def compare(self):
+        batch, again = next_batch(self), self.batch(self.progress.updates)
+        assert all(torch.equal(batch[key], again[key]) for key in again)
+        return batch
+
+    monkeypatch.setattr(dreamer.Trainer, "next_batch", compare)
+    assert train(tmp_path) == 0
+    assert [number for number, _ in seen] == list(range(13))
+
+
 def test_no_pretraining_still_trains(tmp_path):
     assert train(tmp_path, pretrain_steps=0, total_steps=200) == 0
     assert last_state(folder(tmp_path))["progress"]["updates"] == 6
@@ -575,8 +595,8 @@ def test_no_episode_left(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     update = dreamer.Dreamer.update
 
-    def broken(self, batch):
-        metrics = update(self, batch)
+    def broken(self, batch, number):
+        metrics = update(self, batch, number)
         if self.broken == 0:
             metrics["loss/value"] = metrics["loss/value"] * float("nan")
         self.broken -= 1

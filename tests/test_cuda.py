@@ -1,0 +1,128 @@
+"""The captured gradient step and captured acting against the same code run eagerly, on a card."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT_RUN, flags, folder, run, train
+
+import dreamer
+import utils
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+
+
+def pair(tiny_config, **more):
+    """A captured agent and an eager one, with the same weights."""
+    agents = []
+    for eager in (False, True):
+        torch.manual_seed(0)
+        config = tiny_config(device="cuda", eager=eager, **more)
+        agents.append(dreamer.Dreamer(config, 2, CUDA))
+    return agents
+
+
+def on_card(batch) -> dict:
+    return {key: value.to(CUDA) for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("more", [{}, {"use_disc_model": True, "algo": "Dreamerv2"}])
+def test_captured_steps_equal_eager_steps(tiny_config, make_batch, precision, more):
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the card has no bfloat16")
+    captured, eager = pair(tiny_config, precision=precision, model_rate_decay=3, **more)
+    torch.manual_seed(1)
+    first = on_card(make_batch(eager.config))
+    second = {key: value.flip(1) for key, value in first.items()}
+    for agent in (captured, eager):
+        torch.cuda.manual_seed(2)
+        agent.metrics = [
+            {k: v.item() for k, v in agent.update(batch, number).items()}
+            for number, batch in enumerate((first, second, first, second))
+        ]
+    assert captured._replay is not None and captured._replay.__name__ == "replay"
+    tolerance = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}[precision]
+    for one, two in zip(captured.metrics, eager.metrics):
+        assert one.keys() == two.keys()
+        for name in ("loss/world", "loss/reward", "kl", "loss/value"):
+            assert one[name] == pytest.approx(two[name], rel=tolerance, abs=tolerance), name
+    for (name, p), q in zip(captured.named_parameters(), eager.parameters()):
+        # Adam's first steps have the length of the rate, whatever the gradient's
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3, msg=name)
+
+
+def test_the_capture_itself_changes_nothing(tiny_config, make_batch):
+    captured, _ = pair(tiny_config)
+    batch = on_card(make_batch(captured.config))
+    before, random = copy.deepcopy(captured.state_dict()), torch.cuda.get_rng_state()
+    utils.capture(lambda: captured._update(batch), CUDA, captured._undo())
+    for name, value in captured.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    for optimizer in captured.optimizers.values():
+        for state in optimizer.state.values():
+            assert all(not tensor.any() for tensor in state.values())
+
+
+def test_a_state_loaded_after_the_capture_is_trained_on(tiny_config, make_batch):
+    captured, eager = pair(tiny_config)
+    batch = on_card(make_batch(captured.config))
+    for agent in (captured, eager):
+        agent.update(batch)
+    state = copy.deepcopy(eager.state())
+    for agent in (captured, eager):
+        agent.load_state(state)
+        torch.cuda.manual_seed(3)
+        agent.update(batch, 1)
+    for p, q in zip(captured.parameters(), eager.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("explore", [True, False])
+def test_captured_acting_equals_eager_acting(tiny_config, explore):
+    captured, eager = pair(tiny_config, precision="fp32")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 3, 64, 64, 3), np.uint8)
+    actions = []
+    for agent in (captured, eager):
+        policy = agent.policy(3, explore)
+        torch.cuda.manual_seed(4)
+        actions.append([policy(image) for image in images])
+    np.testing.assert_allclose(actions[0], actions[1], atol=1e-3)
+    again = captured.policy(3, explore)
+    torch.cuda.manual_seed(4)
+    np.testing.assert_array_equal(again(images[0]), actions[0][0])
+
+
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning(capsys):
+    x = torch.ones(3, device=CUDA)
+
+    def waits():
+        x.add_(1)
+        return x.sum().item()
+
+    function = utils.capture(waits, CUDA, lambda: x.fill_(1))
+    assert function is waits and x.tolist() == [1, 1, 1]
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert function() == 6
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_a_run_trains_goes_on_and_evaluates(tmp_path, precision):
+    more = {"device": "cuda", "preset": "small", "precision": precision}
+    assert train(tmp_path, total_steps=160, **more) == 0
+    words = flags(env=SHORT_RUN["env"], logdir=tmp_path, total_steps=240)
+    assert run("--train", "--restore", *words) == 0
+    rows = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").open()]
+    assert rows[-1]["step"] == 240
+    assert all(np.isfinite(r["loss/world"]) for r in rows if "loss/world" in r)
+    words = flags(env=SHORT_RUN["env"], logdir=tmp_path, eval_episodes=2)
+    assert run("--evaluate", "--restore", *words) == 0
+    assert run("--evaluate", "--restore", *words, "--device", "cpu", "--precision", "fp32") == 0
