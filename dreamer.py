@@ -59,13 +59,11 @@ PRESETS = {
         "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
         "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
-        "model_rate_decay": 0, "kl_scale": 1.0,
     },
     "small": {
         "batch_size": 16, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
-        "model_learning_rate": 1.5e-3, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
-        "model_rate_decay": 1000, "kl_scale": 0.1,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
     },
 }  # fmt: skip
 
@@ -121,7 +119,7 @@ class Config:
     time_limit: int = flag(1000, "frames of an episode", minimum=1)
     action_noise: float = flag(0.3, "std of the noise added to collected actions")
     buffer_gb: float = flag(
-        None, "memory of the replay, in 10^9 bytes (half of what is free)", minimum=0.001
+        None, "memory of the replay, in 10^9 bytes (0.6 of what is free)", minimum=0.001
     )
 
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
@@ -139,13 +137,13 @@ class Config:
     kl_balance: float = flag(
         None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
     )
-    kl_scale: float = flag(None, "weight of the KL in the model's loss")
+    kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
     model_learning_rate: float = flag(None, "of the world model")
     model_rate_decay: int = flag(
-        None, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
+        0, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
     )
     actor_learning_rate: float = flag(None, "of the actor")
     value_learning_rate: float = flag(None, "of the value")
@@ -209,7 +207,7 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
     if top["preset"] == "auto":
         given["preset"] = top["preset"] = "full" if on_gpu else "small"
     # The replay's size is settled once: a restored run must forget the same episodes.
-    memory = {"buffer_gb": round(utils.free_memory_gb() / 2, 1)}
+    memory = {"buffer_gb": round(0.6 * utils.free_memory_gb(), 1)}
     tables = {**memory, **PRESETS[top["preset"]], **ALGORITHMS[top["algo"]]}
     config = Config(**{**defaults, **tables, **kept, **given})
     check(config)
@@ -550,11 +548,7 @@ class Dreamer(nn.Module):
         return metrics
 
     def model_rate(self, number: int) -> float:
-        """The world model's learning rate at gradient step `number`.
-
-        Small batches need it: a rate that learns fast at first later shakes the model more than
-        it teaches it.
-        """
+        """The world model's learning rate at gradient step `number`."""
         c = self.config
         decay = 1 + number / c.model_rate_decay if c.model_rate_decay else 1
         return c.model_learning_rate / decay
@@ -1070,7 +1064,7 @@ class Trainer:
             self.every[name].last = last
         self.metrics.load_state_dict(state["metrics"])
         self.files = state["files"]
-        for name in state["episodes"]:
+        for name in utils.bar(state["episodes"], "replay"):
             self.load_episode(self.folder / "episodes" / name)
         if state["episodes"] and not len(self.replay):
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")

@@ -356,6 +356,11 @@ class ProgressBar:
         self._bar.close()
 
 
+def bar(items: list, name: str):
+    """Iterates over `items`, with a bar of that name where there is a terminal."""
+    return tqdm(items, desc=name, leave=False, disable=None)
+
+
 def encode_gif(frames: np.ndarray, fps: float, limit: int = 1_000_000) -> bytes:
     """A looping GIF of `frames` (T, height, width, 3) uint8.
 

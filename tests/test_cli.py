@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -358,6 +359,15 @@ def test_the_full_preset_has_the_papers_values():
         6e-4, 8e-5, 8e-5,
     )  # fmt: skip
     assert (c.model_rate_decay, c.kl_scale) == (0, 1.0)
+
+
+@pytest.mark.parametrize("frames, gigabytes", [(100_000, 0.65), (1_000_000, 6.3)])
+def test_the_replay_of_a_run_is_as_large_as_the_run(tiny_config, frames, gigabytes):
+    """A million frames fit a machine of 12.7 GB, where about 11 are free."""
+    config = tiny_config(total_steps=frames, buffer_gb=0.6 * 11)
+    replay = dreamer.Trainer._make_replay(SimpleNamespace(config=config), actions=6)
+    assert replay.capacity >= (frames / 1000) * 501
+    assert float(re.search(r"([\d.]+) GB", str(replay))[1]) <= gigabytes
 
 
 def test_help_is_short_enough_to_read(capsys):

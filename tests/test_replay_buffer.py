@@ -500,3 +500,18 @@ def test_gigabytes_are_those_of_the_rows_in_use():
     replay.add(toy_episode(3, 5))
     assert replay.gigabytes == pytest.approx(45 * ROW_BYTES / 1e9)
     assert ReplayBuffer.rows_for(replay.gigabytes * (1 + 1e-9), actions=2) == 45
+
+
+@pytest.mark.parametrize("episodes", [10, 100, 1000])
+def test_sampling_takes_as_long_from_many_episodes_as_from_few(episodes):
+    def seconds(n):
+        replay = filled(n * 21, *(toy_episode(1, 21) for _ in range(n)))
+        times = []
+        for i in range(30):
+            replay.add(toy_episode(1, 21))  # as in an iteration
+            start = time.perf_counter()
+            replay.sample(16, 16, seed=i)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[len(times) // 2]
+
+    assert seconds(episodes) < 4 * seconds(10) + 0.002
