@@ -597,12 +597,24 @@ def test_no_back_end_is_said_in_two_lines(outcome, bare_linux, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is probed")
-@pytest.mark.parametrize("hidden_by", ["a mujoco that cannot be imported", "a foreign platform"])
+@pytest.mark.parametrize(
+    "hidden_by", ["a mujoco that cannot be imported", "a foreign platform", "other libraries"]
+)
 def test_real_probes_that_fail_end_soon(hidden_by, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in GL_VARIABLES}
     path = [str(ROOT)]
     if hidden_by == "a foreign platform":
         environment["PYOPENGL_PLATFORM"] = "glx"  # then MuJoCo refuses both EGL and OSMesa
+    elif hidden_by == "other libraries":  # found first, and without a function of OpenGL
+        for name in (
+            "libEGL.so.1",
+            "libEGL.so",
+            "libOSMesa.so.8",
+            "libOSMesa.so.6",
+            "libOSMesa.so",
+        ):
+            (tmp_path / name).symlink_to(np.linalg._umath_linalg.__file__)
+        environment["LD_LIBRARY_PATH"] = str(tmp_path)
     else:
         (tmp_path / "mujoco").mkdir()
         (tmp_path / "mujoco" / "__init__.py").write_text("raise ImportError('no libEGL.so')\n")
