@@ -95,7 +95,6 @@ class Config:
         "auto", "fp32, bf16, fp16, or auto: fp16 on a T4, bf16 on newer cards, fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
     )  # fmt: skip
-
     eager: bool = flag(False, "on CUDA, do not capture gradient steps and acting as graphs")
 
     total_steps: int = flag(100_000, "frames of the whole run", group="schedule", minimum=1)
@@ -525,11 +524,9 @@ class Dreamer(nn.Module):
         scalar tensors by name, still on the device: nothing here waits for it. On CUDA the first
         step is captured as one graph, and all are replays of it.
         """
+        rate = self.model_rate(number)
         for group in self.optimizers["world"].param_groups:
-            if self.captures:
-                group["lr"].fill_(self.model_rate(number))
-            else:
-                group["lr"] = self.model_rate(number)
+            group["lr"] = group["lr"].fill_(rate) if self.captures else rate
         if not self.captures:
             return self._update(batch)
         if self._replay is None:
@@ -657,7 +654,7 @@ class Policy:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         self.image.copy_(torch.from_numpy(image))
         self.step()
-        return self.action.cpu().numpy().copy()
+        return self.action.to("cpu", copy=True).numpy()
 
 
 class Recorder:
@@ -1344,7 +1341,7 @@ def benchmark(trainer: Trainer) -> dict:
     sample_seconds = clock.median(lambda: trainer.batch(1), 20)
     update_seconds = clock.median(lambda: agent.update(batch), 5)
     with FlopCounterMode(display=False) as counter:
-        agent.update(batch)
+        agent._update(batch)  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.half)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = clock.median(trainer.play, 1)

@@ -105,6 +105,8 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
             raise zipfile.BadZipFile(damaged)
         data.seek(0)
         state = torch.load(data, map_location=device, weights_only=True)
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as error:  # the readers raise whatever a damaged archive provokes
         raise RunError(f"{path} is not a checkpoint, or is damaged") from error
     if not isinstance(state, dict) or not {"agent", "config", "progress"} <= state.keys():

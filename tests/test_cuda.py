@@ -126,3 +126,12 @@ def test_a_run_trains_goes_on_and_evaluates(tmp_path, precision):
     words = flags(env=SHORT_RUN["env"], logdir=tmp_path, eval_episodes=2)
     assert run("--evaluate", "--restore", *words) == 0
     assert run("--evaluate", "--restore", *words, "--device", "cpu", "--precision", "fp32") == 0
+
+
+@pytest.mark.parametrize("eager", [[], ["--eager"]])
+def test_the_benchmark_counts_the_work_of_a_captured_step_too(tmp_path, eager):
+    path = tmp_path / "benchmark.json"
+    words = flags(**{**SHORT_RUN, "device": "cuda", "logdir": tmp_path})
+    assert run("--benchmark", "--json", path, *words, *eager) == 0
+    result = json.loads(path.read_text())
+    assert result["gradient step GFLOP"] > 0 and result["share of matrix product"] > 0

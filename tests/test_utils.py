@@ -157,6 +157,16 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path):
         assert_no_checkpoint(path)
 
 
+def test_a_checkpoint_without_memory_to_read_it_is_not_called_damaged(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    utils.save_checkpoint(tmp_path / "5.pt", checkpoint({"w": torch.zeros(3)}))
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        utils.load_checkpoint(tmp_path / "5.pt")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_no_mutated_checkpoint_is_more_than_damaged(tmp_path):
     """It loads as it was, where the byte means nothing, or it is refused; there is no third way."""
