@@ -98,8 +98,8 @@ def spy(self):
 dreamer.Trainer.end_iteration = spy
 code = conftest.train(*sys.argv[1:], **{
     "time_limit": 12, "collect_steps": 12, "seed_steps": 24, "total_steps": 2400,
-    "update_steps": 1, "pretrain_steps": 1, "eval_interval": 600, "checkpoint_interval": 240,
-    "video_interval": 600, "buffer_gb": 0.001,
+    "update_steps": 1, "pretrain_steps": 1, "eval_interval": 240, "checkpoint_interval": 240,
+    "video_interval": 240, "buffer_gb": 0.001,
 })
 print(json.dumps([code, seen]))
 """
