@@ -1062,6 +1062,7 @@ class Trainer:
         self.metrics.load_state_dict(state["metrics"])
         self.files = state["files"]
         for name in utils.bar(state["episodes"], "replay"):
+            self.stop.check()
             self.load_episode(self.folder / "episodes" / name)
         if state["episodes"] and not len(self.replay):
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")

@@ -197,6 +197,21 @@ def test_the_moments_above_lie_in_every_phase(tmp_path, monkeypatch):
             assert any(moment in found for found in phases[name]), (name, moment, phases)
 
 
+def test_a_stop_while_the_replay_is_filled_comes_at_once_and_changes_nothing(
+    finished, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 101, utils.Stopped("SIGTERM", 143))
+        assert train(tmp_path) == 143
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, utils.Stopped("SIGINT", 130))
+        words = flags(env="cartpole-balance", logdir=tmp_path)
+        assert run("--train", "--restore", *words) == 130
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert_goes_on_like(finished, tmp_path)
+
+
 def test_several_episodes_an_iteration_stopped_in_the_last_one(tmp_path, monkeypatch):
     """Past the run's end, but within its last iteration: the last evaluation is still to come."""
     more = {"collect_steps": 120, "total_steps": 160, "eval_interval": 0}

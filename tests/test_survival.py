@@ -48,7 +48,7 @@ def test_the_comparison_of_runs_sees_what_differs(finished, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 1 MB, and a function that makes it larger."""
+    """A file system of its own, of 1 MB, and a function that mounts it with other options."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if not shutil.which("mount"):
@@ -60,14 +60,14 @@ def small_disk(tmp_path):
 
     if not mount("size=1m"):
         pytest.skip("only root may mount a file system")
-    yield disk, lambda: mount("remount,size=100m")
+    yield disk, lambda options: mount(f"remount,{options}")
     subprocess.run(["umount", disk], check=True)
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_when_there_is_room(
     finished, small_disk
 ):
-    disk, enlarge = small_disk
+    disk, remount = small_disk
     command = [sys.executable, "dreamer.py", "--train", *flags(**SHORT_RUN, logdir=disk)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -75,10 +75,30 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert len(lines) == 1 and "No space left on device" in lines[0]
     for path in utils.checkpoints(folder(disk) / "checkpoints"):
         utils.load_checkpoint(path)
-    assert enlarge()
+    assert remount("size=100m")
     words = flags(env="cartpole-balance", logdir=disk)
     assert run("--train", "--restore", *words) == 0
     assert differences(folder(finished), folder(disk)) == []
+
+
+def test_a_folder_that_may_not_be_written_is_one_line_and_stays_as_it_was(
+    finished, small_disk, capsys
+):
+    disk, remount = small_disk
+    assert remount("size=100m")
+    shutil.copytree(finished, disk, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    assert remount("ro")
+    words = flags(env="cartpole-balance", logdir=disk)
+    for command in (
+        ["--train", "--exp=another"],
+        ["--train", "--restore", "--total-steps=280"],
+        ["--evaluate", "--restore"],
+    ):
+        assert run(*command, *words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "Read-only file system" in lines[0]
+    assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
 
 
 MEMORY_AND_FILES = """
