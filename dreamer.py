@@ -931,7 +931,8 @@ class Trainer:
         """Stops the run at the first loss or gradient that is not finite; the batch is saved.
 
         Raises:
-            utils.RunError: naming the gradient step and what was not finite.
+            utils.RunError: naming the gradient step, what was not finite, the batch, and the
+                last checkpoint, which was written after a look like this one.
         """
         if not self.watched:
             return
@@ -945,9 +946,10 @@ class Trainer:
         path = self.folder / f"batch-{number}.npz"
         with utils.atomic_file(path) as file:
             np.savez_compressed(file, **{k: v.cpu().numpy() for k, v in self.batch(number).items()})
+        saved = utils.checkpoints(self.folder / "checkpoints")
         raise utils.RunError(
             f"gradient step {number}: not finite: {', '.join(wrong)}; its batch is {path}, "
-            "the last checkpoint is still good"
+            f"the last good checkpoint {saved[-1] if saved else 'is none'}"
         )
 
     def collect(self) -> None:

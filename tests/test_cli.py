@@ -197,6 +197,28 @@ def test_the_moments_above_lie_in_every_phase(tmp_path, monkeypatch):
             assert any(moment in found for found in phases[name]), (name, moment, phases)
 
 
+def test_a_signal_is_looked_at_before_every_gradient_step_and_every_step_of_an_environment(
+    tmp_path, monkeypatch
+):
+    events = []
+
+    def note(owner, name, event):
+        function = getattr(owner, name)
+
+        def spy(*words, **more):
+            events.append(event)
+            return function(*words, **more)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    note(utils.StopSignal, "check", "look")
+    note(dreamer.Dreamer, "update", "update")
+    note(dreamer.Recorder, "add", "step")
+    assert train(tmp_path, eval_episodes=1) == 0
+    pairs = {pair for pair in pairwise(events) if "look" not in pair}
+    assert {"update", "step"} < set(events) and not pairs
+
+
 def test_a_stop_while_the_replay_is_filled_comes_at_once_and_changes_nothing(
     finished, tmp_path, monkeypatch
 ):
@@ -616,7 +638,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(dreamer.Dreamer, "broken", 5, raising=False)
     monkeypatch.setattr(dreamer.Dreamer, "update", broken)
-    line = error_line(capsys, train(tmp_path), "gradient step 5", "loss/value")
+    line = error_line(capsys, train(tmp_path), "gradient step 5", "loss/value", "/120.pt")
     batch = np.load(re.search(r"\S+\.npz", line)[0])
     assert batch["image"].shape == (6, 4, 64, 64, 3)
     assert last_state(folder(tmp_path))["progress"]["updates"] <= 5
