@@ -333,22 +333,26 @@ class ProgressBar:
     def __init__(self, total: int, step: int):
         self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self._total, self._first, self._started = total, step, time.monotonic()
-        self._next_line = self._started
+        self._next = self._started
+        # Most updates are gradient steps, which take long and add no frame: only the rate of the
+        # whole process tells the time left.
         options = {"total": total, "initial": step, "unit": "frame", "dynamic_ncols": True}
-        self._bar = tqdm(**options, smoothing=0.05, disable=self._lines)
+        self._bar = tqdm(**options, smoothing=0, disable=self._lines)
 
     def update(self, step: int, text: str) -> None:
         """Shows where the run stands: frames, rate and time left, then `text`."""
-        step = min(step, self._total)
-        if not self._lines:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            self._bar.refresh()
-        elif time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + 60
-            elapsed = time.monotonic() - self._started
+        step, now = min(step, self._total), time.monotonic()
+        if now < self._next and step < self._total:
+            return
+        self._next = now + (60 if self._lines else 0.5)
+        if self._lines:
             meter = {"initial": self._first, "unit": "frame", "postfix": text, "ncols": 0}
+            elapsed = now - self._started
             print(tqdm.format_meter(step, self._total, elapsed, **meter), flush=True)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
 
     def write(self, line: str) -> None:
         """A line of its own, above the bar."""

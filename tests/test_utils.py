@@ -815,3 +815,26 @@ def test_a_bar_on_a_terminal_shows_where_the_run_stands(clock, monkeypatch, caps
     assert "200/1000" in shown and "600/1000" in shown and "return 7" in shown
     assert "1000/1000" in shown and "return 8" in shown
     assert capsys.readouterr().out.splitlines() == ["a line of its own"]
+
+
+def test_a_bar_on_a_terminal_is_drawn_twice_a_second_at_most(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = utils.ProgressBar(total=1000, step=0)
+    for step in range(100):
+        bar.update(step, f"return {step}.")
+        clock.seconds += 0.125
+    shown = sys.stderr.getvalue()
+    assert [f"return {step}." in shown for step in range(100)] == [True, False, False, False] * 25
+
+
+def test_the_rate_on_a_terminal_counts_the_steps_that_add_no_frame(clock, monkeypatch):
+    """A hundred frames at once after 10 seconds without one: 10 frames/s, 90 seconds left."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = utils.ProgressBar(total=1000, step=0)
+    bar._bar._time = lambda: clock.seconds
+    bar._bar.start_t = clock.seconds
+    for _ in range(10):
+        bar.update(0, "")
+        clock.seconds += 1
+    bar.update(100, "")
+    assert "100/1000 [00:10<01:30, 10.00frame/s" in sys.stderr.getvalue()
