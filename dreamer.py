@@ -137,6 +137,7 @@ class Config:
         None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
     )
     kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
+    reward_scale: float = flag(1.0, "weight of the reward in the model's loss")
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
@@ -422,7 +423,8 @@ class Dreamer(nn.Module):
     def model_loss(self, batch: dict):
         """Loss of the world model on a batch (equation 10), its posterior, and metrics.
 
-        E[-ln p(image)] + E[-ln p(reward)] + kl-scale KL (+ coefficient E[-ln p(continuation)]).
+        E[-ln p(image)] + reward-scale E[-ln p(reward)] + kl-scale KL
+        (+ coefficient E[-ln p(continuation)]).
         """
         # rows     (action, reward, image) of row t: what the action led to
         # states   [0] -> z_0 -> z_1 -> ... -> z_{T-1}, z_t from action_t and image_t
@@ -437,7 +439,7 @@ class Dreamer(nn.Module):
             "reward": -world.reward(feature).log_prob(batch["reward"]).mean(),
         }
         kl_term, kl = kl_loss(post, prior, c.free_nats, c.kl_balance)
-        loss = terms["image"] + terms["reward"] + c.kl_scale * kl_term
+        loss = terms["image"] + c.reward_scale * terms["reward"] + c.kl_scale * kl_term
         if c.use_disc_model:
             target = c.discount * batch["discount"]
             terms["continuation"] = -world.discount(feature).log_prob(target).mean()
@@ -1337,6 +1339,8 @@ def benchmark(trainer: Trainer) -> dict:
     clock = utils.Stopwatch(trainer.device)
     random_seconds = clock.median(trainer.collect, 1)  # before `seed_steps`: random actions
     frames = p.step
+    suite = env_wrapper.play_with_the_suites_renderer
+    suite_seconds = clock.median(lambda: suite(c.env, frames, c.action_repeat), 1)
     p.step = max(p.step, c.seed_steps)
     collect_seconds = clock.median(trainer.collect, 3)
     agent_steps = math.ceil(frames / c.action_repeat)
@@ -1361,6 +1365,7 @@ def benchmark(trainer: Trainer) -> dict:
         "precision": str(agent.half or torch.float32),
         "preset": c.preset,
         "environment frames/s": frames / random_seconds,
+        "times the suite's own": suite_seconds / random_seconds,
         "collecting frames/s": frames / collect_seconds,
         "acting ms": 1000 * (collect_seconds - random_seconds) / agent_steps,
         "sampling ms": 1000 * sample_seconds,

@@ -148,9 +148,9 @@ def test_continuation_is_trained_on_discount_times_gamma(make_agent, make_batch)
 
 
 def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
-    agent = make_agent(use_disc_model=True, algo="Dreamerv2", kl_scale=0.5)
+    agent = make_agent(use_disc_model=True, algo="Dreamerv2", kl_scale=0.5, reward_scale=30)
     loss, _, metrics = agent.model_loss(make_batch(agent.config))
-    terms = metrics["loss/image"] + metrics["loss/reward"] + 0.5 * metrics["kl"]
+    terms = metrics["loss/image"] + 30 * metrics["loss/reward"] + 0.5 * metrics["kl"]
     torch.testing.assert_close(loss, terms + 10 * metrics["loss/continuation"])
 
 

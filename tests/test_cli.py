@@ -379,7 +379,7 @@ def test_the_full_preset_has_the_papers_values():
     assert (c.model_learning_rate, c.actor_learning_rate, c.value_learning_rate) == (
         6e-4, 8e-5, 8e-5,
     )  # fmt: skip
-    assert (c.model_rate_decay, c.kl_scale) == (0, 1.0)
+    assert (c.model_rate_decay, c.kl_scale, c.reward_scale) == (0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("frames, gigabytes", [(100_000, 0.65), (1_000_000, 6.3)])

@@ -70,19 +70,20 @@ def assert_same_episode(one, other):
 def without_pictures(env, monkeypatch):
     """Steps cost next to nothing when nothing is drawn."""
     blank = np.zeros((64, 64, 3), np.uint8)
-    monkeypatch.setattr(env.unwrapped._env.physics, "render", lambda *_, **__: blank)
+    monkeypatch.setattr(env.unwrapped, "_observation", lambda: blank)
 
 
-def spy_on_render(env, monkeypatch):
+def spy_on_render(monkeypatch):
     """A list that receives (height, width, camera) of each picture drawn from now on."""
-    physics, calls = env.unwrapped._env.physics, []
-    render = physics.render
+    from dm_control.mujoco import Camera
 
-    def spy(height, width, camera_id=-1, **options):
-        calls.append((height, width, camera_id))
-        return render(height, width, camera_id, **options)
+    render, calls = Camera.render, []
 
-    monkeypatch.setattr(physics, "render", spy)
+    def spy(self, *words, **options):
+        calls.append((self.height, self.width, self._render_camera.fixedcamid))
+        return render(self, *words, **options)
+
+    monkeypatch.setattr(Camera, "render", spy)
     return calls
 
 
@@ -316,7 +317,7 @@ def test_a_reset_starts_the_count_of_frames_afresh(make, monkeypatch):
 @pytest.mark.parametrize("repeat", [1, 3])
 def test_a_step_draws_one_picture(repeat, make, monkeypatch):
     env = make("cartpole-balance", seed=0, action_repeat=repeat, time_limit=4)
-    calls = spy_on_render(env, monkeypatch)
+    calls = spy_on_render(monkeypatch)
     env.reset(seed=0)
     assert len(calls) == 1
     truncated, steps = False, 0
@@ -467,9 +468,20 @@ def test_cheap_settings_survive_a_task_that_builds_its_physics_anew(make, load_r
         return reset()
 
     monkeypatch.setattr(inner, "reset", rebuild)
-    obs, _ = env.reset(seed=0)
+    old, _ = env.reset(seed=0)
     assert fresh.physics.model.vis.quality.shadowsize == 1024
-    assert obs.shape == (64, 64, 3)
+    fresh.physics.named.data.qpos["rootz"] += 0.3
+    new, *_ = env.step(np.zeros(6, np.float32))
+    assert (old != new).mean() > 0.05  # it is the new physics that is seen
+
+
+def test_an_observation_is_no_view_of_what_is_drawn_next(make):
+    env = make("cartpole-balance", seed=0)
+    first, _ = env.reset(seed=0)
+    copy = first.copy()
+    second, *_ = env.step(np.ones(1, np.float32))
+    assert (first == copy).all() and (second != first).any()
+    assert first.flags.c_contiguous
 
 
 def test_rgb_array_gives_a_large_picture_beside_the_same_observation(make):
@@ -501,7 +513,7 @@ def test_the_size_of_the_large_picture_is_a_setting():
 )
 def test_the_camera(task, camera, make, monkeypatch):
     env = make(task, seed=0, render_mode="rgb_array")
-    calls = spy_on_render(env, monkeypatch)
+    calls = spy_on_render(monkeypatch)
     env.reset(seed=0)
     env.step(actions_for(env, 1)[0])
     env.render()
