@@ -138,6 +138,7 @@ class Config:
     )
     kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
     reward_scale: float = flag(1.0, "weight of the reward in the model's loss")
+    actor_entropy: float = flag(0.0, "weight of the policy's entropy in the actor's loss")
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
@@ -451,26 +452,28 @@ class Dreamer(nn.Module):
         return loss, post, metrics
 
     def imagine(self, start: State):
-        """Features (H, N, F) of the imagined states 1 ... H, and metrics of the policy.
+        """Features (H, N, F) of the imagined states 1 ... H, the policy's surprise at the actions
+        that led there (H, N), and metrics of the policy.
 
         The actor sees features without gradients; its actions carry them into the next state.
         """
-        state, features, policies, actions = start, [], [], []
+        state, features, policies, actions, surprises = start, [], [], [], []
         for _ in range(self.config.imagine_horizon):
             policy = self.actor(state.feature.detach())
-            action = policy.rsample()
+            action, surprise = policy.rsample_with_surprise()
             state = self.world.rssm.img_step(state, action)
             features.append(state.feature)
             policies.append(policy)
             actions.append(action)
+            surprises.append(surprise)
+        surprise = torch.stack(surprises)
         with torch.no_grad():
-            log_prob = torch.stack([p.log_prob(a) for p, a in zip(policies, actions)])
             metrics = {
-                "entropy/policy": -log_prob.mean(),
+                "entropy/policy": surprise.mean(),
                 "policy/saturated": (torch.stack(actions).abs() > 0.99).to(self.dtype).mean(),
                 "policy/std": torch.stack([p.std for p in policies]).mean(),
             }
-        return torch.stack(features), metrics
+        return torch.stack(features), surprise, metrics
 
     def behaviour_losses(self, post: State):
         """Losses of the actor and of the value in imagination from every posterior, and metrics.
@@ -487,7 +490,7 @@ class Dreamer(nn.Module):
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
         with frozen(self.world):
-            feature, metrics = self.imagine(start)
+            feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
             if c.use_disc_model:
                 discount = self.world.discount(feature).mean
@@ -497,9 +500,11 @@ class Dreamer(nn.Module):
         target = lambda_return(reward, value.mean, discount, c.td_lambda)
         weight = discount_weight(discount)
         regression = UnitNormal(value.mean[:-1], event_dims=0)
+        # The action that led to state k was chosen in state k - 1, and V_k counts from its reward.
+        objective = target + c.actor_entropy * surprise[:-1] if c.actor_entropy else target
         losses = {
             "value": value_loss(regression.log_prob(target.detach()), weight),
-            "actor": actor_loss(target, weight),
+            "actor": actor_loss(objective, weight),
         }
         metrics["value/mean"] = value.mean.mean()
         metrics["value/error"] = (target - value.mean[:-1]).abs().mean()

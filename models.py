@@ -86,7 +86,16 @@ class TanhNormal:
 
     def rsample(self) -> Tensor:
         """A reparameterized sample, (..., A)."""
-        return torch.tanh(self.mean + self.std * standard_normal(self.mean.shape, self.mean))
+        return self.rsample_with_surprise()[0]
+
+    def rsample_with_surprise(self) -> tuple[Tensor, Tensor]:
+        """A reparameterized sample (..., A), and minus the ln of its density, (...).
+
+        The mean of the latter is the entropy, and its gradient does not vanish where the tanh's
+        does: it is taken before the tanh.
+        """
+        x = self.mean + self.std * standard_normal(self.mean.shape, self.mean)
+        return torch.tanh(x), -self._log_density(x)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """ln density of `action` (..., A), finite at -1 and 1, where float32 rounds to."""

@@ -64,8 +64,8 @@ def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch
     imagine = agent.imagine
 
     def spy(start):
-        captured["feature"], metrics = imagine(start)
-        return captured["feature"], metrics
+        captured["feature"], *rest = imagine(start)
+        return captured["feature"], *rest
 
     agent.imagine = spy
     losses, _ = agent.behaviour_losses(post)
@@ -98,7 +98,7 @@ def test_actor_sees_features_without_gradients_and_its_actions_carry_them(make_a
         return img_step(state, action)
 
     agent.actor.forward, agent.world["rssm"].img_step = spy_actor, spy_step
-    feature, _ = agent.imagine(agent.world["rssm"].initial(3))
+    feature, *_ = agent.imagine(agent.world["rssm"].initial(3))
     assert not any(seen) and all(moved) and len(seen) == agent.config.imagine_horizon
     assert feature.requires_grad
 
@@ -108,12 +108,42 @@ def test_first_imagined_feature_is_one_step_after_the_start(make_agent):
     agent = make_agent()
     start = State(*(torch.randn(3, n) for n in (4, 16, 4, 4)))
     torch.manual_seed(5)
-    feature, _ = agent.imagine(start)
+    feature, *_ = agent.imagine(start)
     torch.manual_seed(5)
     action = agent.actor(start.feature).rsample()
     state = agent.world["rssm"].img_step(start, action)
     torch.testing.assert_close(feature[0], state.feature)
     assert len(feature) == agent.config.imagine_horizon
+
+
+def test_the_surprise_at_an_action_goes_with_the_return_from_the_state_that_it_led_to(
+    make_agent, make_batch
+):
+    agent = make_agent(actor_entropy=0.5, discount=0.9)
+    _, post, _ = agent.model_loss(make_batch(agent.config))
+    feature, surprise, metrics = agent.imagine(post.map(lambda x: x.detach().flatten(0, 1)))
+    torch.testing.assert_close(metrics["entropy/policy"], surprise.mean())
+    agent.imagine = lambda start: (feature, surprise, {})
+    losses = []
+    for coefficient in (0.0, 0.5):
+        agent.config.actor_entropy = coefficient
+        losses.append(agent.behaviour_losses(post)[0])
+    steps = agent.config.imagine_horizon - 1
+    weight = torch.tensor([0.9**k for k in range(steps)])[:, None]
+    expected = -(weight * 0.5 * surprise[:steps]).mean()
+    torch.testing.assert_close(losses[1]["actor"] - losses[0]["actor"], expected)
+    torch.testing.assert_close(losses[1]["value"], losses[0]["value"])
+
+
+def test_the_entropy_keeps_the_policy_from_saturating(make_agent, make_batch):
+    """Without a reward to gain, the entropy alone moves a saturated policy back to the middle."""
+    agent = make_agent(actor_entropy=1.0)
+    with torch.no_grad():
+        agent.actor.net[-1].bias.copy_(torch.tensor([8.0, 8.0, -10.0, -10.0]))
+    _, post, _ = agent.model_loss(make_batch(agent.config))
+    agent.behaviour_losses(post)[0]["actor"].backward()
+    gradient = agent.actor.net[-1].bias.grad
+    assert (gradient[:2] > 1e-3).all() and (gradient[2:] < -1e-3).all()
 
 
 @pytest.mark.parametrize("use_disc_model", [False, True])

@@ -75,6 +75,22 @@ def test_mode_is_the_densest_of_its_samples():
         assert abs(grid[one.log_prob(grid[:, None]).argmax()] - many[0, i]) < 0.1
 
 
+def test_surprise_is_minus_the_log_density_of_the_sample():
+    policy = models.TanhNormal(torch.tensor([[0.3, -0.5]]), torch.tensor([[0.4, 0.2]]))
+    action, surprise = policy.rsample_with_surprise()
+    torch.testing.assert_close(surprise, -policy.log_prob(action), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_the_surprise_does_not_vanish_with_the_tanhs():
+    """Of a sharp Normal at 5 the ln density is ln of the tanh's slope off a constant: slope -2."""
+    mean = torch.full((1000, 1), 5.0, requires_grad=True)
+    action, surprise = models.TanhNormal(mean, torch.full_like(mean, 0.1)).rsample_with_surprise()
+    (through_tanh,) = torch.autograd.grad(action.sum(), mean, retain_graph=True)
+    (gradient,) = torch.autograd.grad(surprise.sum(), mean)
+    assert through_tanh.max() < 1e-3
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -2.0), rtol=0, atol=1e-3)
+
+
 def test_rsample_is_reparameterized_and_bounded():
     mean = torch.zeros(1000, 2, requires_grad=True)
     action = models.TanhNormal(mean, torch.ones(1000, 2)).rsample()
