@@ -168,7 +168,7 @@ class ControlSuite(gym.Env):
             visual.quality.shadowsize = min(1024, visual.quality.shadowsize)
 
     def _observation(self) -> np.ndarray:
-        # The suite's own `render` would build a scene for every picture, a tenth of its time.
+        # The suite's own `render` would build a scene for every picture.
         if self._eye is None:
             from dm_control.mujoco import Camera
 

@@ -86,7 +86,7 @@ class TanhNormal:
 
     def rsample(self) -> Tensor:
         """A reparameterized sample, (..., A)."""
-        return self.rsample_with_surprise()[0]
+        return torch.tanh(self._rsample_before_tanh())
 
     def rsample_with_surprise(self) -> tuple[Tensor, Tensor]:
         """A reparameterized sample (..., A), and minus the ln of its density, (...).
@@ -94,8 +94,11 @@ class TanhNormal:
         The mean of the latter is the entropy, and its gradient does not vanish where the tanh's
         does: it is taken before the tanh.
         """
-        x = self.mean + self.std * standard_normal(self.mean.shape, self.mean)
+        x = self._rsample_before_tanh()
         return torch.tanh(x), -self._log_density(x)
+
+    def _rsample_before_tanh(self) -> Tensor:
+        return self.mean + self.std * standard_normal(self.mean.shape, self.mean)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """ln density of `action` (..., A), finite at -1 and 1, where float32 rounds to."""

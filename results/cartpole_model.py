@@ -107,4 +107,8 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except utils.RunError as error:
+        print(f"cartpole_model.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
