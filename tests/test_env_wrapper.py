@@ -433,6 +433,7 @@ def test_rescaled_actions_do_what_they_do_in_the_suite(make, load_raw, monkeypat
         ("finger", "spin"),
         ("hopper", "hop"),
         ("reacher", "easy"),
+        ("swimmer", "swimmer6"),
     ],
 )
 def test_cheap_pictures_are_those_of_the_suite(domain, task, make, load_raw):
@@ -450,10 +451,13 @@ def test_cheap_pictures_are_those_of_the_suite(domain, task, make, load_raw):
     assert (difference > 8).mean() <= 1e-3
 
 
-def test_cheap_settings_are_in_force_when_the_first_picture_is_drawn(make):
-    env = make("walker-walk", seed=0)
+@pytest.mark.parametrize(
+    "task, shadows", [("walker-walk", 768), ("reacher-easy", 1024), ("quadruped-escape", 2048)]
+)
+def test_cheap_settings_are_in_force_when_the_first_picture_is_drawn(task, shadows, make):
+    env = make(task, seed=0)
     visual = env.unwrapped._env.physics.model.vis
-    assert visual.quality.shadowsize == 1024
+    assert visual.quality.shadowsize == shadows
     assert (visual.global_.offwidth, visual.global_.offheight) == (64, 64)
 
 
@@ -469,7 +473,7 @@ def test_cheap_settings_survive_a_task_that_builds_its_physics_anew(make, load_r
 
     monkeypatch.setattr(inner, "reset", rebuild)
     old, _ = env.reset(seed=0)
-    assert fresh.physics.model.vis.quality.shadowsize == 1024
+    assert fresh.physics.model.vis.quality.shadowsize == 768
     fresh.physics.named.data.qpos["rootz"] += 0.3
     new, *_ = env.step(np.zeros(6, np.float32))
     assert (old != new).mean() > 0.05  # it is the new physics that is seen
