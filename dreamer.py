@@ -123,6 +123,7 @@ class Config:
 
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
+    first_share: float = flag(0.0, "share of the sequences that begin where an episode does")
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
     stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
     hidden_size: int = flag(None, "hidden layers of the RSSM", minimum=1)
@@ -916,7 +917,7 @@ class Trainer:
         """The batch of gradient step `number`, on the device; uint8 frames."""
         c = self.config
         seed = (c.seed, REPLAY, number)
-        arrays = self.replay.sample(c.batch_size, c.train_seq_len, seed)
+        arrays = self.replay.sample(c.batch_size, c.train_seq_len, seed, c.first_share)
         batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
         if self.device.type == "cuda":  # from pinned memory the copy is queued, not waited for
             batch = {key: value.pin_memory() for key, value in batch.items()}

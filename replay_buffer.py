@@ -153,23 +153,26 @@ class ReplayBuffer:
             self._starts[length] = starts.cumsum(), first
         return self._starts[length]
 
-    def sample_rows(self, batch: int, length: int, seed) -> np.ndarray:
+    def sample_rows(self, batch: int, length: int, seed, first_share: float = 0.0) -> np.ndarray:
         """Rows of `batch` sequences, (length, batch), every possible start equally likely.
 
-        A sequence lies within one episode. `seed` is anything that numpy's `default_rng` takes;
-        the same seed on the same episodes gives the same rows.
+        A sequence lies within one episode; with probability `first_share` it begins where the
+        episode does. `seed` is anything that numpy's `default_rng` takes; the same seed on the
+        same episodes gives the same rows.
 
         Raises:
             ReplayError: no episode is long enough.
         """
         ends, first = self._index(length)
-        draw = np.random.default_rng(seed).integers(ends[-1], size=batch)
+        rng = np.random.default_rng(seed)
+        draw = rng.integers(ends[-1], size=batch)
         episode = np.searchsorted(ends, draw, side="right")
         before = np.concatenate([[0], ends])[episode]
-        start = first[episode] + draw - before
+        skipped = np.where(rng.random(batch) < first_share, 0, draw - before)
+        start = first[episode] + skipped
         return (start + np.arange(length)[:, None]) % self.capacity
 
-    def sample(self, batch: int, length: int, seed) -> dict:
+    def sample(self, batch: int, length: int, seed, first_share: float = 0.0) -> dict:
         """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`."""
-        rows = self.sample_rows(batch, length, seed)
+        rows = self.sample_rows(batch, length, seed, first_share)
         return {key: array[rows] for key, array in self._arrays.items()}

@@ -380,6 +380,7 @@ def test_the_full_preset_has_the_papers_values():
         6e-4, 8e-5, 8e-5,
     )  # fmt: skip
     assert (c.model_rate_decay, c.kl_scale, c.reward_scale) == (0, 1.0, 1.0)
+    assert (c.actor_entropy, c.first_share) == (0, 0)
 
 
 @pytest.mark.parametrize("frames, gigabytes", [(100_000, 0.65), (1_000_000, 6.3)])

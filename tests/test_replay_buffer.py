@@ -336,6 +336,19 @@ def test_every_start_is_equally_likely_the_last_of_an_episode_included():
     assert chi_squared < 24.3  # seven degrees of freedom: 0.1 %
 
 
+@pytest.mark.parametrize("share, within", [(0.0, (0, 5)), (0.25, (220, 280)), (1.0, (1000, 1000))])
+def test_a_share_of_the_sequences_begins_where_an_episode_does(share, within):
+    """The others are those that are drawn without it, where one in 1495 does by chance."""
+    replay = filled(3010, toy_episode(1, 1500), toy_episode(2, 1500))
+    rows = replay.sample_rows(1000, 6, 0, share)
+    at_first = np.isin(rows[0], (0, 1500))
+    assert within[0] <= at_first.sum() <= within[1]
+    drawn = replay.sample_rows(1000, 6, 0)
+    np.testing.assert_array_equal(rows[:, ~at_first], drawn[:, ~at_first])
+    np.testing.assert_array_equal(rows[0] // 1500, drawn[0] // 1500)
+    assert (np.diff(rows, axis=0) == 1).all()
+
+
 @pytest.mark.parametrize("order", [(4, 2, 4), (2, 4, 2), (2, 2, 4), (4, 4, 2)])
 def test_episodes_shorter_than_a_sequence_are_never_sampled(order):
     episodes = list(enumerate(order, 1))
