@@ -123,6 +123,9 @@ class Config:
 
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
+    act_memory: int = flag(
+        0, "N: acting knows the last N to 2 N - 1 steps of the agent; 0: the whole episode"
+    )
     first_share: float = flag(0.0, "share of the sequences that begin where an episode does")
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
     stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
@@ -160,7 +163,9 @@ MAY_CHANGE = {
     "checkpoint_interval", "video_interval", "max_hours", "vector_env", "eager",
 }  # fmt: skip
 # An evaluation may also be of other episodes, and of another task of the same shape.
-EVALUATION_MAY_CHANGE = MAY_CHANGE | {"env", "exp", "seed", "action_repeat", "time_limit"}
+EVALUATION_MAY_CHANGE = MAY_CHANGE | {
+    "env", "exp", "seed", "action_repeat", "time_limit", "act_memory",
+}  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:
@@ -382,12 +387,15 @@ class Dreamer(nn.Module):
         """The next actions of N environments, (N, A), and the state that they were chosen in.
 
         `image` (N, 64, 64, 3) uint8 is what `action` (N, A) led to from `state`. With `explore` a
-        sample plus noise, clipped to [-1, 1]; without it the mode of the policy.
+        sample plus noise, clipped to [-1, 1]; without it the mode of the policy. `state` may be of
+        a multiple of N rows, all of which go on: the first N act.
         """
         with self.autocast():
             embed = self.world.encoder(self.pixels(image))
+            copies = len(state.stoch) // len(image)
+            action, embed = action.repeat(copies, 1), embed.repeat(copies, 1)
             state = self.world.rssm.obs_step(state, action, embed)
-            policy = self.actor(state.feature)
+            policy = self.actor(state.feature[: len(image)])
             if not explore:
                 return policy.mode(), state
             action = policy.rsample()
@@ -640,17 +648,24 @@ class Policy:
     Called with images (N, 64, 64, 3) uint8 of consecutive steps; returns actions (N, A) float32.
     Its tensors stay where they are, so that on CUDA a step is captured once (see
     `Dreamer.policy`).
+
+    The world model is trained on states of `train_seq_len` steps at most, and one that is older
+    may be unlike any of these. With `act_memory` M a second state of each environment begins at
+    zero every M steps and then takes the place of the first, so that the one that acts knows the
+    last M to 2 M - 1 steps.
     """
 
     def __init__(self, agent: Dreamer, n: int, explore: bool):
-        self.agent, self.explore = agent, explore
+        self.agent, self.explore, self.steps = agent, explore, 0
         self.image = torch.zeros(n, 64, 64, 3, dtype=torch.uint8, device=agent.device)
-        self.state = agent.world.rssm.initial(n).map(torch.clone)
+        self.memory = agent.config.act_memory
+        self.state = agent.world.rssm.initial(2 * n if self.memory else n).map(torch.clone)
         self.action = self.state.stoch.new_zeros(n, agent.actions)
         self.step = utils.capture(self._step, agent.device) if agent.captures else self._step
 
     def reset(self) -> None:
         """Before the first step of episodes."""
+        self.steps = 0
         for tensor in (self.action, *self.state):
             tensor.zero_()
 
@@ -661,6 +676,11 @@ class Policy:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         self.image.copy_(torch.from_numpy(image))
+        if self.memory and self.steps and self.steps % self.memory == 0:
+            for first, second in (tensor.chunk(2) for tensor in self.state):
+                first.copy_(second)
+                second.zero_()
+        self.steps += 1
         self.step()
         return self.action.to("cpu", copy=True).numpy()
 

@@ -413,6 +413,30 @@ def test_a_policy_starts_each_episode_from_nothing(make_agent):
     assert not np.array_equal(played[0][0], played[0][1])  # and remembers within one
 
 
+def test_a_policy_with_a_short_memory_knows_the_last_steps_and_nothing_before(make_agent):
+    """Memory 3: at step 7 the acting state began at step 3, whatever came before."""
+    agent = make_agent(act_memory=3)
+    with torch.no_grad():  # no noise, so that the same frames and actions give the same state
+        agent.world.rssm.min_std = 0.0
+        agent.world.rssm.obs_out.bias[agent.config.stoch_size :] = -200.0
+        agent.world.rssm.obs_out.weight[agent.config.stoch_size :] = 0.0
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (9, 2, 64, 64, 3), np.uint8))
+    policy, actions, began = agent.policy(2, explore=True), [torch.zeros(2, 2)], []
+    for t, image in enumerate(images):
+        policy(image.numpy())
+        state = policy.state.map(lambda x: x[:2])
+        for first in range(t + 1):  # which frame did this state begin with?
+            embed = agent.world.encoder(agent.pixels(images[first : t + 1]))
+            action = torch.stack(actions[first:])
+            with torch.no_grad():
+                post, _ = agent.world.rssm.observe(embed, action, agent.world.rssm.initial(2))
+            if torch.allclose(post.deter[-1], state.deter, atol=1e-5):
+                began.append(first)
+        actions.append(policy.action.clone())
+    assert began == [0, 0, 0, 0, 0, 0, 3, 3, 3]
+
+
 def test_act_samples_with_noise_or_takes_the_mode(make_agent):
     agent = make_agent(action_noise=0.0)
     image = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
