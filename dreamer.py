@@ -59,11 +59,15 @@ PRESETS = {
         "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
         "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
+        "update_steps": 100, "pretrain_steps": 100, "model_rate_decay": 0, "reward_scale": 1.0,
+        "actor_entropy": 0.0, "first_share": 0.0, "act_memory": 0,
     },
     "small": {
-        "batch_size": 16, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
+        "batch_size": 4, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
         "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
-        "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 2e-4,
+        "model_learning_rate": 6e-4, "actor_learning_rate": 4e-5, "value_learning_rate": 1e-4,
+        "update_steps": 400, "pretrain_steps": 400, "model_rate_decay": 20_000,
+        "reward_scale": 10.0, "actor_entropy": 0.03, "first_share": 0.25, "act_memory": 5,
     },
 }  # fmt: skip
 
@@ -100,8 +104,8 @@ class Config:
     total_steps: int = flag(100_000, "frames of the whole run", group="schedule", minimum=1)
     seed_steps: int = flag(5000, "frames of random actions before training", minimum=1)
     collect_steps: int = flag(1000, "frames collected in an iteration", minimum=1)
-    update_steps: int = flag(100, "gradient steps in an iteration")
-    pretrain_steps: int = flag(100, "gradient steps in the first iteration")
+    update_steps: int = flag(None, "gradient steps in an iteration")
+    pretrain_steps: int = flag(None, "gradient steps in the first iteration")
     eval_interval: int = flag(
         10_000, "frames between evaluations; 0: none but the last", "--test-interval"
     )
@@ -124,9 +128,9 @@ class Config:
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
     act_memory: int = flag(
-        0, "N: acting knows the last N to 2 N - 1 steps of the agent; 0: the whole episode"
+        None, "N: acting knows the last N to 2 N - 1 steps of the agent; 0: the whole episode"
     )
-    first_share: float = flag(0.0, "share of the sequences that begin where an episode does")
+    first_share: float = flag(None, "share of the sequences that begin where an episode does")
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
     stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
     hidden_size: int = flag(None, "hidden layers of the RSSM", minimum=1)
@@ -141,14 +145,14 @@ class Config:
         None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
     )
     kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
-    reward_scale: float = flag(1.0, "weight of the reward in the model's loss")
-    actor_entropy: float = flag(0.0, "weight of the policy's entropy in the actor's loss")
+    reward_scale: float = flag(None, "weight of the reward in the model's loss")
+    actor_entropy: float = flag(None, "weight of the policy's entropy in the actor's loss")
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
     model_learning_rate: float = flag(None, "of the world model")
     model_rate_decay: int = flag(
-        0, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
+        None, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
     )
     actor_learning_rate: float = flag(None, "of the actor")
     value_learning_rate: float = flag(None, "of the value")

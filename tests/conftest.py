@@ -14,7 +14,8 @@ import dreamer  # noqa: E402
 
 TINY = {
     "batch_size": 4, "train_seq_len": 6, "deter_size": 16, "stoch_size": 4, "hidden_size": 16,
-    "num_units": 16, "cnn_depth": 4, "imagine_horizon": 5,
+    "num_units": 16, "cnn_depth": 4, "imagine_horizon": 5, "reward_scale": 1.0,
+    "actor_entropy": 0.0, "first_share": 0.0, "model_rate_decay": 0,
 }  # fmt: skip
 
 # A whole run in seconds: episodes of 40 frames, three gradient steps an iteration.
