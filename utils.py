@@ -1,5 +1,6 @@
 """What every training script needs and no algorithm: files, logs, random states, signals."""
 
+import gc
 import io
 import json
 import math
@@ -417,16 +418,18 @@ def capture(function, device: torch.device, undo=lambda: None):
     """
     before = torch.cuda.get_rng_state(device)
     with torch.cuda.device(device):
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        gc.collect()  # a dead graph that is collected in mid-capture would invalidate it
         try:
-            side, main = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 for _ in range(3):
                     function()
             main.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Another thread may draw the next batch meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Another thread may draw the next batch meanwhile. On the stream of the first calls,
+            # so that graphs share no workspace of cuBLAS: one that goes would take it along.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 output = function()
         except torch.OutOfMemoryError:
             raise
@@ -435,6 +438,7 @@ def capture(function, device: torch.device, undo=lambda: None):
             print(f"warning: CUDA capture failed, going on without it: {reason}", file=sys.stderr)
             return function
         finally:
+            torch.cuda.set_stream(main)  # a capture that failed leaves its own in force
             torch.cuda.synchronize()
             undo()
             torch.cuda.set_rng_state(before, device)
@@ -450,7 +454,11 @@ class Stopwatch:
     """Times calls on a device, work that is still queued there included."""
 
     def __init__(self, device: torch.device):
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._device = device
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def median(self, function, repeats: int) -> float:
         """Median seconds of `repeats` calls, after one that does not count if there are several."""

@@ -78,7 +78,7 @@ def test_a_state_loaded_after_the_capture_is_trained_on(tiny_config, make_batch)
         agent.update(batch)
     state = copy.deepcopy(eager.state())
     for agent in (captured, eager):
-        agent.load_state(state)
+        agent.load_state(copy.deepcopy(state))  # an optimizer keeps the tensors that it is given
         torch.cuda.manual_seed(3)
         agent.update(batch, 1)
     for p, q in zip(captured.parameters(), eager.parameters()):
