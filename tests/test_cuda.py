@@ -89,7 +89,7 @@ def test_a_state_loaded_after_the_capture_is_trained_on(tiny_config, make_batch)
 def test_captured_acting_equals_eager_acting(tiny_config, explore):
     captured, eager = pair(tiny_config, precision="fp32")
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (5, 3, 64, 64, 3), np.uint8)
+    images = rng.integers(0, 256, (7, 3, 64, 64, 3), np.uint8)  # beyond `act_memory`
     actions = []
     for agent in (captured, eager):
         policy = agent.policy(3, explore)
