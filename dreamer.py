@@ -662,8 +662,8 @@ class Policy:
     def __init__(self, agent: Dreamer, n: int, explore: bool):
         self.agent, self.explore, self.steps = agent, explore, 0
         self.image = torch.zeros(n, 64, 64, 3, dtype=torch.uint8, device=agent.device)
-        self.memory = agent.config.act_memory
-        self.state = agent.world.rssm.initial(2 * n if self.memory else n).map(torch.clone)
+        states = 2 if agent.config.act_memory else 1  # of each environment
+        self.state = agent.world.rssm.initial(states * n).map(torch.clone)
         self.action = self.state.stoch.new_zeros(n, agent.actions)
         self.step = utils.capture(self._step, agent.device) if agent.captures else self._step
 
@@ -680,7 +680,8 @@ class Policy:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         self.image.copy_(torch.from_numpy(image))
-        if self.memory and self.steps and self.steps % self.memory == 0:
+        memory = self.agent.config.act_memory
+        if memory and self.steps and self.steps % memory == 0:
             for first, second in (tensor.chunk(2) for tensor in self.state):
                 first.copy_(second)
                 second.zero_()

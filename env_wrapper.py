@@ -27,7 +27,7 @@ ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}  # short names in co
 # A smaller map is cheaper on software GL and moves the edges of shadows. With these all but one
 # pixel in a thousand stay within 8 of 255 of the suite's.
 SHADOW_MAP = dict.fromkeys(("cartpole", "cheetah", "walker"), 768) | dict.fromkeys(
-    ("dog", "humanoid_CMU", "quadruped-escape", "swimmer"), 2048
+    ("dog", "humanoid_CMU", "quadruped-escape", "reacher", "swimmer"), 2048
 )
 
 

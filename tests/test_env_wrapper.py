@@ -452,7 +452,7 @@ def test_cheap_pictures_are_those_of_the_suite(domain, task, make, load_raw):
 
 
 @pytest.mark.parametrize(
-    "task, shadows", [("walker-walk", 768), ("reacher-easy", 1024), ("quadruped-escape", 2048)]
+    "task, shadows", [("walker-walk", 768), ("hopper-hop", 1024), ("quadruped-escape", 2048)]
 )
 def test_cheap_settings_are_in_force_when_the_first_picture_is_drawn(task, shadows, make):
     env = make(task, seed=0)
