@@ -218,7 +218,7 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
     if top["preset"] == "auto":
         given["preset"] = top["preset"] = "full" if on_gpu else "small"
     # The replay's size is settled once: a restored run must forget the same episodes.
-    memory = {"buffer_gb": round(0.6 * utils.free_memory_gb(), 1)}
+    memory = {"buffer_gb": round(0.6 * utils.free_memory_gb(torch.device("cpu")), 1)}
     tables = {**memory, **PRESETS[top["preset"]], **ALGORITHMS[top["algo"]]}
     config = Config(**{**defaults, **tables, **kept, **given})
     check(config)
@@ -589,6 +589,8 @@ class Dreamer(nn.Module):
             for optimizer in self.optimizers.values()
             for p, state in optimizer.state.items()
         }
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=self.device))  # its tensors, if it has none
         scaler = self.scaler.state_dict()
 
         @torch.no_grad()
@@ -600,6 +602,7 @@ class Dreamer(nn.Module):
                     for key, tensor in state.items():  # Adam starts from zeros
                         tensor.copy_(moments[p][key]) if p in moments else tensor.zero_()
             if scaler:
+                self.scaler.update(scaler["scale"])  # forgets what was unscaled, and not stepped
                 self.scaler.load_state_dict(scaler)
 
         return undo
@@ -867,8 +870,11 @@ class Trainer:
         frames = max(c.total_steps, c.seed_steps) + c.collect_steps
         episodes = math.ceil(frames / c.time_limit) + 1
         needed = episodes * (math.ceil(c.time_limit / c.action_repeat) + 1)
-        rows = replay_buffer.ReplayBuffer.rows_for(c.buffer_gb, actions)
-        return replay_buffer.ReplayBuffer(min(needed, rows), actions)
+        rows_for = replay_buffer.ReplayBuffer.rows_for
+        rows = min(needed, rows_for(c.buffer_gb, actions))
+        # On the card where half of what is free there is enough: the rest is for training.
+        fits = rows <= rows_for(utils.free_memory_gb(self.device) / 2, actions)
+        return replay_buffer.ReplayBuffer(rows, actions, self.device if fits else "cpu")
 
     # ----------------------------------------------------------------- the loop
 
@@ -942,11 +948,8 @@ class Trainer:
         """The batch of gradient step `number`, on the device; uint8 frames."""
         c = self.config
         seed = (c.seed, REPLAY, number)
-        arrays = self.replay.sample(c.batch_size, c.train_seq_len, seed, c.first_share)
-        batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
-        if self.device.type == "cuda":  # from pinned memory the copy is queued, not waited for
-            batch = {key: value.pin_memory() for key, value in batch.items()}
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        batch = self.replay.sample(c.batch_size, c.train_seq_len, seed, c.first_share)
+        return {key: utils.queue_copy(value, self.device) for key, value in batch.items()}
 
     def next_batch(self) -> dict:
         """The batch of this gradient step; that of the next is drawn while this one is taken.
@@ -1377,7 +1380,8 @@ def benchmark(trainer: Trainer) -> dict:
     agent_steps = math.ceil(frames / c.action_repeat)
     batch = trainer.batch(0)
     sample_seconds = clock.median(lambda: trainer.batch(1), 20)
-    update_seconds = clock.median(lambda: agent.update(batch), 5)
+    p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
+    update_seconds = clock.median(trainer.gradient_step, 5)
     with FlopCounterMode(display=False) as counter:
         agent._update(batch)  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.half)
@@ -1387,7 +1391,7 @@ def benchmark(trainer: Trainer) -> dict:
     evaluations = c.total_steps // c.eval_interval if c.eval_interval else 1
     total = (
         c.seed_steps / frames * random_seconds
-        + iterations * c.update_steps * (update_seconds + sample_seconds)
+        + iterations * c.update_steps * update_seconds
         + iterations * c.collect_steps / frames * collect_seconds
         + evaluations * evaluation_seconds
     )

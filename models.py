@@ -213,14 +213,6 @@ class RSSM(nn.Module):
         mean, std = full_precision(x).chunk(2, -1)
         return mean, F.softplus(std) + self.min_std
 
-    def _embed_part(self, embed: Tensor) -> Tensor:
-        """The embedding's share of the posterior's first layer: one product for all of time."""
-        return F.linear(embed, self.obs_in.weight[:, self.deter_size :], self.obs_in.bias)
-
-    def _posterior(self, deter: Tensor, embed_part: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.linear(deter, self.obs_in.weight[:, : self.deter_size]) + embed_part
-        return self._stats(self.obs_out(F.elu(x, inplace=True)))
-
     def img_step(self, state: State, action: Tensor) -> State:
         """The prior of the next state. `action`: (N, A)."""
         deter = self._recur(state.stoch, state.deter, action)
@@ -240,12 +232,15 @@ class RSSM(nn.Module):
         returned states are (T, B, ...); the prior's `stoch` is its mean, since nothing samples it.
         """
         stoch, deter = state.stoch, state.deter
-        embed_part = self._embed_part(embed)
+        # The posterior's first layer, in two: the embedding's share is one product for all of time.
+        deter_weight, embed_weight = self.obs_in.weight.tensor_split([self.deter_size], 1)
+        embed_part = F.linear(embed, embed_weight, self.obs_in.bias)
         noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
         steps = []
         for t in range(len(action)):
             deter = self._recur(stoch, deter, action[t])
-            mean, std = self._posterior(deter, embed_part[t])
+            hidden = F.elu(F.linear(deter, deter_weight) + embed_part[t], inplace=True)
+            mean, std = self._stats(self.obs_out(hidden))
             stoch = mean + std * noise[t]
             steps.append((stoch, deter, mean, std))
         posterior = State(*(torch.stack(x) for x in zip(*steps)))

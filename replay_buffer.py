@@ -1,4 +1,4 @@
-"""Replay: episodes on disk as npz files, their frames in memory, sequences sampled from them.
+"""Replay: episodes on disk as npz files, their rows in memory, sequences sampled from them.
 
 An episode is a dict of arrays with T + 1 rows. Row t holds the frame, and the action and the
 reward that led to it; row 0 has a zero action and a zero reward.
@@ -17,6 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import utils
 
@@ -83,15 +85,16 @@ class ReplayBuffer:
     Args:
         capacity: rows; `rows_for` tells how many fit into so much memory.
         actions: action dimensions.
+        device: where they lie.
     """
 
-    def __init__(self, capacity: int, actions: int):
-        self.capacity = capacity
-        self._arrays = {
-            "image": np.empty((capacity, 64, 64, 3), np.uint8),
-            "action": np.empty((capacity, actions), np.float32),
-            "reward": np.empty(capacity, np.float32),
-            "discount": np.empty(capacity, np.float32),
+    def __init__(self, capacity: int, actions: int, device: torch.device | str = "cpu"):
+        self.capacity, self.device = capacity, torch.device(device)
+        self._rows = {
+            "image": torch.empty(capacity, 64, 64, 3, dtype=torch.uint8, device=device),
+            "action": torch.empty(capacity, actions, device=device),
+            "reward": torch.empty(capacity, device=device),
+            "discount": torch.empty(capacity, device=device),
         }
         self._episodes = deque()  # (first row, rows) of each episode, oldest first
         self._next = 0  # the row after the newest
@@ -110,14 +113,14 @@ class ReplayBuffer:
 
     @property
     def _total_gigabytes(self) -> float:
-        return sum(array.nbytes for array in self._arrays.values()) / 1e9
+        return sum(tensor.nbytes for tensor in self._rows.values()) / 1e9
 
     def __len__(self) -> int:
         """Episodes in memory."""
         return len(self._episodes)
 
     def __str__(self) -> str:
-        return f"room for {self.capacity} rows, {self._total_gigabytes:.2f} GB"
+        return f"room for {self.capacity} rows, {self._total_gigabytes:.2f} GB on {self.device}"
 
     def add(self, episode: dict) -> None:
         """Adds an episode; the oldest leave where there is no room.
@@ -133,9 +136,9 @@ class ReplayBuffer:
             )
         while self.rows + rows > self.capacity:
             self.rows -= self._episodes.popleft()[1]
-        where = (self._next + np.arange(rows)) % self.capacity
-        for key, array in self._arrays.items():
-            array[where] = episode[key]
+        where = (self._next + torch.arange(rows, device=self.device)) % self.capacity
+        for key, tensor in self._rows.items():
+            tensor.index_copy_(0, where, torch.from_numpy(episode[key]).to(self.device))
         self._episodes.append((self._next, rows))
         self._next = (self._next + rows) % self.capacity
         self.rows += rows
@@ -172,7 +175,14 @@ class ReplayBuffer:
         start = first[episode] + skipped
         return (start + np.arange(length)[:, None]) % self.capacity
 
-    def sample(self, batch: int, length: int, seed, first_share: float = 0.0) -> dict:
-        """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`."""
-        rows = self.sample_rows(batch, length, seed, first_share)
-        return {key: array[rows] for key, array in self._arrays.items()}
+    def sample(self, batch: int, length: int, seed, first_share: float = 0.0) -> dict[str, Tensor]:
+        """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`.
+
+        New tensors on the replay's device. On CUDA nothing here waits for it.
+        """
+        rows = torch.from_numpy(self.sample_rows(batch, length, seed, first_share))
+        flat = utils.queue_copy(rows.flatten(), self.device)
+        return {
+            key: tensor.index_select(0, flat).unflatten(0, rows.shape)
+            for key, tensor in self._rows.items()
+        }

@@ -450,6 +450,13 @@ def capture(function, device: torch.device, undo=lambda: None):
     return replay
 
 
+def queue_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; a copy to CUDA is queued there, and not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from other memory a copy waits
+    return tensor.to(device, non_blocking=True)
+
+
 class Stopwatch:
     """Times calls on a device, work that is still queued there included."""
 
@@ -474,8 +481,9 @@ class Stopwatch:
         return float(np.median(seconds))
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype | None, size: int = 2048) -> float:
-    """FLOP/s of this machine in a square matrix product, median of five."""
+def matmul_flops(device: torch.device, dtype: torch.dtype | None) -> float:
+    """FLOP/s of this machine in a square matrix product that fills it, median of five."""
+    size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
     return 2 * size**3 / Stopwatch(device).median(lambda: a @ a, 5)
 
@@ -495,8 +503,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def free_memory_gb() -> float:
-    """Memory that this machine can still give, in 10^9 bytes; 4 where it cannot be told."""
+def free_memory_gb(device: torch.device) -> float:
+    """Memory that a device can still give, in 10^9 bytes; 4 where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):

@@ -386,6 +386,26 @@ def test_undo_takes_back_in_place_what_steps_changed(make_agent, make_batch):
         assert [p.data_ptr() for p in agent.parameters()] == places
 
 
+@pytest.mark.parametrize("broken", ["model_loss", "behaviour_losses"])
+def test_after_a_step_that_failed_halfway_undo_leaves_an_agent_that_trains(
+    make_agent, make_batch, monkeypatch, broken
+):
+    """A capture may fail before anything was scaled, or when a gradient is already unscaled."""
+    agent = make_agent()
+    batch = make_batch(agent.config)
+    agent.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    undo = agent._undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(agent, broken, None)
+        with pytest.raises(TypeError):
+            agent.update(batch)
+    undo()
+    assert agent.scaler.get_scale() == 2.0**10
+    before = [p.detach().clone() for p in agent.parameters()]
+    agent.update(batch)
+    assert not all(torch.equal(p, q) for p, q in zip(agent.parameters(), before))
+
+
 def test_an_overflow_is_counted_and_skips_the_step(make_agent, make_batch):
     agent = make_agent()
     batch = make_batch(agent.config)

@@ -387,9 +387,26 @@ def test_the_full_preset_has_the_papers_values():
 def test_the_replay_of_a_run_is_as_large_as_the_run(tiny_config, frames, gigabytes):
     """A million frames fit a machine of 12.7 GB, where about 11 are free."""
     config = tiny_config(total_steps=frames, buffer_gb=0.6 * 11)
-    replay = dreamer.Trainer._make_replay(SimpleNamespace(config=config), actions=6)
+    trainer = SimpleNamespace(config=config, device=torch.device("cpu"))
+    replay = dreamer.Trainer._make_replay(trainer, actions=6)
     assert replay.capacity >= (frames / 1000) * 501
     assert float(re.search(r"([\d.]+) GB", str(replay))[1]) <= gigabytes
+
+
+@pytest.mark.parametrize("free, place", [(1.3, "cuda"), (1.2, "cpu")])
+def test_the_replay_lies_on_the_card_where_half_of_what_is_free_is_enough(
+    tiny_config, monkeypatch, free, place
+):
+    """100K frames take 0.63 GB."""
+
+    class OnlyItsPlace(dreamer.replay_buffer.ReplayBuffer):
+        def __init__(self, capacity, actions, device):
+            self.place = torch.device(device).type
+
+    monkeypatch.setattr(dreamer.utils, "free_memory_gb", lambda device: free)
+    monkeypatch.setattr(dreamer.replay_buffer, "ReplayBuffer", OnlyItsPlace)
+    trainer = SimpleNamespace(config=tiny_config(buffer_gb=9), device=torch.device("cuda"))
+    assert dreamer.Trainer._make_replay(trainer, actions=6).place == place
 
 
 def test_help_is_short_enough_to_read(capsys):

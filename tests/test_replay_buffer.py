@@ -55,6 +55,11 @@ def filled(capacity, *episodes):
     return replay
 
 
+def sample(replay, *arguments, **named):
+    """A batch as numpy arrays."""
+    return {key: x.numpy() for key, x in replay.sample(*arguments, **named).items()}
+
+
 def every_start(episodes, length):
     """All starts of sequences in (number, rows) episodes."""
     return {(n, t) for n, rows in episodes for t in range(rows - length + 1)}
@@ -114,7 +119,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_zero_discount_survives_the_disk_and_the_replay(tmp_path):
     name = save_episode(tmp_path, toy_episode(1, 6, terminal=True))
     replay = filled(20, load_episode(tmp_path / name, 2), toy_episode(2, 6))
-    batch = replay.sample(64, 6, seed=0)
+    batch = sample(replay, 64, 6, seed=0)
     ends = dict(zip(batch["reward"][-1], batch["discount"].T.tolist()))
     assert ends == {1005: [1, 1, 1, 1, 1, 0], 2005: [1] * 6}
 
@@ -314,7 +319,7 @@ def test_no_mutated_file_is_more_than_damaged(tmp_path, whole_file):
 def test_sequences_are_contiguous_aligned_and_of_one_episode():
     episodes = {1: 9, 2: 30, 3: 14}
     replay = filled(100, *(toy_episode(n, rows) for n, rows in episodes.items()))
-    batch = replay.sample(256, 8, seed=0)
+    batch = sample(replay, 256, 8, seed=0)
     assert {key: (array.shape, array.dtype) for key, array in batch.items()} == {
         "image": ((8, 256, 64, 64, 3), np.uint8),
         "action": ((8, 256, 2), np.float32),
@@ -328,7 +333,7 @@ def test_every_start_is_equally_likely_the_last_of_an_episode_included():
     """Of 2 + 6 starts each falls to an eighth of the draws; the short episode has none."""
     replay = filled(30, toy_episode(1, 5), toy_episode(2, 3), toy_episode(3, 9))
     rows = replay.sample_rows(8000, 4, seed=0)
-    numbers = replay._arrays["action"][rows[0]].astype(int)
+    numbers = replay._rows["action"].numpy()[rows[0]].astype(int)
     counts = Counter(map(tuple, numbers.tolist()))
     assert set(counts) == every_start([(1, 5), (3, 9)], 4)
     assert (3, 5) in counts  # its last row is the episode's last
@@ -353,47 +358,47 @@ def test_a_share_of_the_sequences_begins_where_an_episode_does(share, within):
 def test_episodes_shorter_than_a_sequence_are_never_sampled(order):
     episodes = list(enumerate(order, 1))
     replay = filled(20, *(toy_episode(n, rows) for n, rows in episodes))
-    assert set(sequences(replay.sample(64, 4, seed=1))) == every_start(episodes, 4)
+    assert set(sequences(sample(replay, 64, 4, seed=1))) == every_start(episodes, 4)
 
 
 def test_an_episode_of_exactly_one_sequence_is_sampled_whole():
     replay = filled(10, toy_episode(1, 6))
-    assert sequences(replay.sample(3, 6, seed=0)) == [(1, 0)] * 3
+    assert sequences(sample(replay, 3, 6, seed=0)) == [(1, 0)] * 3
 
 
 @pytest.mark.parametrize("episodes", [[], [4], [4, 3, 4]])
 def test_no_episode_that_is_long_enough_is_said(episodes):
     replay = filled(20, *(toy_episode(n, rows) for n, rows in enumerate(episodes)))
     with pytest.raises(ReplayError, match="train-seq-len") as error:
-        replay.sample(2, 5, seed=0)
+        sample(replay, 2, 5, seed=0)
     assert "\n" not in str(error.value)
 
 
 def test_sampling_of_another_length_and_after_another_episode():
     """What is remembered about the starts must not outlive an `add`."""
     replay = filled(40, toy_episode(1, 5))
-    assert set(sequences(replay.sample(64, 4, seed=0))) == every_start([(1, 5)], 4)
-    assert set(sequences(replay.sample(64, 5, seed=0))) == every_start([(1, 5)], 5)
+    assert set(sequences(sample(replay, 64, 4, seed=0))) == every_start([(1, 5)], 4)
+    assert set(sequences(sample(replay, 64, 5, seed=0))) == every_start([(1, 5)], 5)
     replay.add(toy_episode(2, 6))
     for length in (4, 5):
-        found = set(sequences(replay.sample(64, length, seed=0)))
+        found = set(sequences(sample(replay, 64, length, seed=0)))
         assert found == every_start([(1, 5), (2, 6)], length)
 
 
 def test_the_same_seed_gives_the_same_batch():
     replay = filled(60, toy_episode(1, 30), toy_episode(2, 30))
-    first = replay.sample(16, 5, seed=(1, 2, 3))
-    assert_same_batch(replay.sample(16, 5, seed=(1, 2, 3)), first)
-    other = replay.sample(16, 5, seed=(1, 2, 4))
+    first = sample(replay, 16, 5, seed=(1, 2, 3))
+    assert_same_batch(sample(replay, 16, 5, seed=(1, 2, 3)), first)
+    other = sample(replay, 16, 5, seed=(1, 2, 4))
     assert sequences(other) != sequences(first)
 
 
 def test_a_batch_is_a_copy():
     replay = filled(10, toy_episode(1, 6))
-    batch = replay.sample(2, 6, seed=0)
+    batch = sample(replay, 2, 6, seed=0)
     for array in batch.values():
         array[:] = 77
-    sequences(replay.sample(2, 6, seed=0))
+    sequences(sample(replay, 2, 6, seed=0))
 
 
 def test_an_episode_is_copied_when_it_is_added():
@@ -401,22 +406,33 @@ def test_an_episode_is_copied_when_it_is_added():
     replay = filled(10, episode)
     for array in episode.values():
         array[:] = 77
-    sequences(replay.sample(2, 6, seed=0))
+    sequences(sample(replay, 2, 6, seed=0))
 
 
 def test_sampling_draws_from_no_global_generator():
     replay = filled(20, toy_episode(1, 10))
     state = random.getstate(), np.random.get_state()
-    replay.sample(8, 4, seed=0)
+    sample(replay, 8, 4, seed=0)
     assert random.getstate() == state[0]
     for now, before in zip(np.random.get_state(), state[1]):
         np.testing.assert_array_equal(now, before)
     np.random.seed(1)
     random.seed(1)
-    batch = replay.sample(8, 4, seed=0)
+    batch = sample(replay, 8, 4, seed=0)
     np.random.seed(2)
     random.seed(2)
-    assert_same_batch(replay.sample(8, 4, seed=0), batch)
+    assert_same_batch(sample(replay, 8, 4, seed=0), batch)
+
+
+def test_on_a_device_the_rows_stay_there():
+    """On the meta device a tensor that was left on the CPU raises."""
+    replay = ReplayBuffer(20, actions=2, device="meta")
+    replay.add(toy_episode(1, 12))
+    replay.add(toy_episode(2, 12))  # over the ring's end
+    batch = replay.sample(3, 5, seed=0)
+    assert {x.device.type for x in batch.values()} == {"meta"}
+    assert batch["image"].shape == (5, 3, 64, 64, 3) and batch["reward"].shape == (5, 3)
+    assert "on meta" in str(replay)
 
 
 # --------------------------------------------------------------------------------------- the ring
@@ -429,11 +445,11 @@ def test_the_oldest_leave_first_and_only_where_there_is_no_room():
     assert (len(replay), replay.rows) == (3, 20)
     replay.add(toy_episode(4, 4))
     assert (len(replay), replay.rows) == (3, 16)
-    found = set(sequences(replay.sample(256, 3, seed=0)))
+    found = set(sequences(sample(replay, 256, 3, seed=0)))
     assert found == every_start([(2, 8), (3, 4), (4, 4)], 3)
     replay.add(toy_episode(5, 15))
     assert (len(replay), replay.rows) == (2, 19)
-    found = set(sequences(replay.sample(256, 3, seed=0)))
+    found = set(sequences(sample(replay, 256, 3, seed=0)))
     assert found == every_start([(4, 4), (5, 15)], 3)
 
 
@@ -442,7 +458,7 @@ def test_an_episode_over_the_end_of_the_ring_is_sampled_right():
     rows = replay.sample_rows(256, 6, seed=0)
     assert ((rows[0] > 14) & (rows[-1] < 5)).any(), "no sequence runs over the end"
     assert rows.min() >= 0 and rows.max() < 20
-    found = set(sequences(replay.sample(256, 6, seed=0)))
+    found = set(sequences(sample(replay, 256, 6, seed=0)))
     assert found == every_start([(2, 8), (3, 8)], 6)
 
 
@@ -458,7 +474,7 @@ def test_the_ring_against_a_list():
         while sum(n for _, n in kept) > capacity:
             kept.pop(0)
         assert (len(replay), replay.rows) == (len(kept), sum(n for _, n in kept))
-        found = set(sequences(replay.sample(300, 2, seed=number)))
+        found = set(sequences(sample(replay, 300, 2, seed=number)))
         assert found == every_start(kept, 2)
 
 
@@ -467,10 +483,10 @@ def test_an_episode_as_large_as_the_ring_fits_and_a_larger_one_does_not():
     with pytest.raises(ReplayError, match="buffer-gb") as error:
         replay.add(toy_episode(3, 11))
     assert "\n" not in str(error.value)
-    assert set(sequences(replay.sample(64, 4, seed=0))) == {(1, 0), (2, 0)}
+    assert set(sequences(sample(replay, 64, 4, seed=0))) == {(1, 0), (2, 0)}
     replay.add(toy_episode(4, 10))
     assert (len(replay), replay.rows) == (1, 10)
-    assert set(sequences(replay.sample(64, 10, seed=0))) == {(4, 0)}
+    assert set(sequences(sample(replay, 64, 10, seed=0))) == {(4, 0)}
 
 
 def test_a_replay_that_is_filled_again_gives_the_same_batches(tmp_path):
@@ -487,11 +503,11 @@ def test_a_replay_that_is_filled_again_gives_the_same_batches(tmp_path):
         again.add(load_episode(tmp_path / name, actions=2))
     assert again._episodes != replay._episodes
     for seed in range(5):
-        assert_same_batch(again.sample(16, 4, (1, seed)), replay.sample(16, 4, (1, seed)))
+        assert_same_batch(sample(again, 16, 4, (1, seed)), sample(replay, 16, 4, (1, seed)))
     for number in (20, 21, 22):
         replay.add(toy_episode(number, 9))
         again.add(toy_episode(number, 9))
-        assert_same_batch(again.sample(16, 4, number), replay.sample(16, 4, number))
+        assert_same_batch(sample(again, 16, 4, number), sample(replay, 16, 4, number))
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -523,7 +539,7 @@ def test_sampling_takes_as_long_from_many_episodes_as_from_few(episodes):
         for i in range(30):
             replay.add(toy_episode(1, 21))  # as in an iteration
             start = time.perf_counter()
-            replay.sample(16, 16, seed=i)
+            sample(replay, 16, 16, seed=i)
             times.append(time.perf_counter() - start)
         return sorted(times)[len(times) // 2]
 

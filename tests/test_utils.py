@@ -758,7 +758,7 @@ def test_floats_become_bytes():
 
 
 def test_free_memory_is_a_number_of_gigabytes():
-    assert 0 < utils.free_memory_gb() < 1e5
+    assert 0 < utils.free_memory_gb(torch.device("cpu")) < 1e5
 
 
 # ------------------------------------------------------------------------------------ progress bar
