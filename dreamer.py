@@ -9,7 +9,8 @@
 
 A world model (models.py: the RSSM) is learned from replayed episodes; an actor and a value are
 learned inside it, in imagination. Read in this order: the losses, the agent and its gradient
-step, the training loop. A step is always an environment frame, after action repeat.
+step, the training loop. The steps of a run and of its logs are frames of the environment, repeats
+counted; those of sequences, of imagination and of acting are actions.
 
 Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/abs/2010.02193
 """
@@ -73,7 +74,7 @@ PRESETS = {
 
 
 def flag(default, help, *aliases, **options):
-    """A field of `Config` that is also a flag; `group` begins a group, `minimum` is else 0."""
+    """A field of `Config` that is also a flag; `group` begins a group of --help."""
     return field(default=default, metadata={"help": help, "aliases": aliases, **options})
 
 
@@ -128,7 +129,7 @@ class Config:
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
     act_memory: int = flag(
-        None, "N: acting knows the last N to 2 N - 1 steps of the agent; 0: the whole episode"
+        None, "N: acting knows only the last N + 1 to 2 N frames that it saw; 0: the whole episode"
     )
     first_share: float = flag(None, "share of the sequences that begin where an episode does")
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
@@ -140,7 +141,7 @@ class Config:
 
     discount: float = flag(0.99, "discount of a step of the agent", group="objective")
     td_lambda: float = flag(0.95, "lambda of the returns")
-    free_nats: float = flag(None, "KL below which the model is not pushed, in nats")
+    free_nats: float = flag(None, "KL in nats below which it is not reduced")
     kl_balance: float = flag(
         None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
     )
@@ -253,7 +254,7 @@ def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
     """The KL term of the model's loss and the mean KL itself, in nats.
 
     Without balance (v1 code): max(mean KL(post || prior), free nats): first the mean over all
-    states, then the maximum. With it (v2, equation 3 and algorithm 2):
+    states, then the maximum. With it (v2, equation 2 and algorithm 2):
     α KL(sg(post) || prior) + (1 − α) KL(post || sg(prior)), each mean bounded below by the free
     nats: the value of the KL is the same, and its gradients reach the prior and the posterior
     with weights α and 1 − α.
@@ -580,6 +581,7 @@ class Dreamer(nn.Module):
         metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
         if self.scaler.is_enabled():  # the step is skipped, and the scale halved
             metrics[f"overflow/{name}"] = 1 - norm.isfinite().to(self.dtype)
+            metrics[f"grad_norm/{name}"] = norm.nan_to_num(0, 0)
 
     def _undo(self) -> Callable[[], None]:
         """A function that puts back, in place, what gradient steps from now on change."""
@@ -620,7 +622,7 @@ class Dreamer(nn.Module):
         }
 
     def load_state(self, state: dict) -> None:
-        """Undoes `state`."""
+        """Loads what `state` returned."""
         self.load_state_dict(state["networks"])
         for name, optimizer in self.optimizers.items():
             options = optimizer.state_dict()["param_groups"]
@@ -658,8 +660,8 @@ class Policy:
 
     The world model is trained on states of `train_seq_len` steps at most, and one that is older
     may be unlike any of these. With `act_memory` M a second state of each environment begins at
-    zero every M steps and then takes the place of the first, so that the one that acts knows the
-    last M to 2 M - 1 steps.
+    zero every M steps and then takes the place of the first, so that the one that acts has seen
+    the last M + 1 to 2 M frames.
     """
 
     def __init__(self, agent: Dreamer, n: int, explore: bool):
@@ -765,7 +767,7 @@ def evaluate(agent: Dreamer, config: Config, envs, stop: utils.StopSignal) -> li
             actions = policy(frames)
             frames, *outcomes, _ = envs.step(actions)
             for recorder, *row in zip(recorders, actions, frames, *outcomes):
-                if not recorder.over:  # one that is begins anew, unseen
+                if not recorder.over:  # one that is starts another, which is ignored
                     recorder.add(*row)
     episodes = [recorder.episode() for recorder in recorders]
     return [
@@ -879,7 +881,7 @@ class Trainer:
     # ----------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Trains until `total_steps`; whatever ends it early leaves an exact checkpoint."""
+        """Trains until `total_steps`; a signal or the time limit leaves an exact checkpoint."""
         p, started = self.progress, time.monotonic() - self.progress.seconds
         if self.every["evaluation"].last >= self.config.total_steps:
             print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
@@ -1382,6 +1384,7 @@ def benchmark(trainer: Trainer) -> dict:
     sample_seconds = clock.median(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
     update_seconds = clock.median(trainer.gradient_step, 5)
+    peak_memory = utils.peak_memory_gb(trainer.device)
     with FlopCounterMode(display=False) as counter:
         agent._update(batch)  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.half)
@@ -1410,7 +1413,7 @@ def benchmark(trainer: Trainer) -> dict:
         "matrix product GFLOP/s": matmul / 1e9,
         "share of matrix product": counter.get_total_flops() / update_seconds / matmul,
         "evaluation s": evaluation_seconds,
-        "peak memory GB": utils.peak_memory_gb(trainer.device),
+        "peak memory GB": peak_memory,
         "hours for --total-steps": total / 3600,
     }
 
@@ -1482,7 +1485,7 @@ def machine_error(error: Exception) -> str | None:
         return f"{error.strerror}{place}" if error.errno in DISK_ERRORS else None
     # On a CPU, PyTorch's allocator has no exception of its own.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return "out of memory: lower --buffer-gb (the replay) or --batch-size (a gradient step)"
+        return "out of memory; a new run takes less with a lower --buffer-gb or --batch-size"
     return None
 
 

@@ -180,9 +180,8 @@ class ReplayBuffer:
 
         New tensors on the replay's device. On CUDA nothing here waits for it.
         """
-        rows = torch.from_numpy(self.sample_rows(batch, length, seed, first_share))
-        flat = utils.queue_copy(rows.flatten(), self.device)
-        return {
-            key: tensor.index_select(0, flat).unflatten(0, rows.shape)
-            for key, tensor in self._rows.items()
-        }
+        rows = self.sample_rows(batch, length, seed, first_share)
+        if self.device.type == "cpu":  # NumPy brings no threads that compete with training's
+            return {key: torch.from_numpy(x.numpy()[rows]) for key, x in self._rows.items()}
+        where = utils.queue_copy(torch.from_numpy(rows), self.device)
+        return {key: tensor[where] for key, tensor in self._rows.items()}

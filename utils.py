@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ except ImportError:  # Windows has neither advisory locks of this kind nor usage
 
 
 class RunError(RuntimeError):
-    """Something about a run's folder that the user can mend; the message is one line."""
+    """Something about a run or a flag that the user can mend; the message is one line."""
 
 
 class Stopped(Exception):
@@ -422,7 +423,8 @@ def capture(function, device: torch.device, undo=lambda: None):
         gc.collect()  # a dead graph that is collected in mid-capture would invalidate it
         try:
             side.wait_stream(main)
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*capturable")  # not captured yet
                 for _ in range(3):
                     function()
             main.wait_stream(side)
@@ -435,13 +437,20 @@ def capture(function, device: torch.device, undo=lambda: None):
             raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            print(f"warning: CUDA capture failed, going on without it: {reason}", file=sys.stderr)
-            return function
+            graph = None
         finally:
             torch.cuda.set_stream(main)  # a capture that failed leaves its own in force
             torch.cuda.synchronize()
             undo()
             torch.cuda.set_rng_state(before, device)
+    if graph is None:
+        try:
+            torch.rand((), device=device)
+        except RuntimeError as error:  # PyTorch before 2.13: the generator still captures
+            raise RunError(f"CUDA capture failed: {reason}; --eager goes without it") from error
+        torch.cuda.set_rng_state(before, device)
+        print(f"warning: CUDA capture failed, going on without it: {reason}", file=sys.stderr)
+        return function
 
     def replay():
         graph.replay()

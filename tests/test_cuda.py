@@ -134,7 +134,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_a_warning(capsys):
     x = torch.ones(3, device=CUDA)
 
     def waits():
-        x.add_(1)
+        x.add_(torch.rand_like(x).ceil())  # a failed capture may leave the generator unusable
         return x.sum().item()
 
     function = utils.capture(waits, CUDA, lambda: x.fill_(1))

@@ -1,5 +1,6 @@
 """Files, logs, random states and signals, each against what is on the disk afterwards."""
 
+import contextlib
 import io
 import json
 import os
@@ -838,3 +839,51 @@ def test_the_rate_on_a_terminal_counts_the_steps_that_add_no_frame(clock, monkey
         clock.seconds += 1
     bar.update(100, "")
     assert "100/1000 [00:10<01:30, 10.00frame/s" in sys.stderr.getvalue()
+
+
+# ------------------------------------------------------------------------- capture, where it fails
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """`torch.cuda` as far as `utils.capture` uses it, on a machine without a card."""
+
+    @contextlib.contextmanager
+    def nothing(*arguments, **named):
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "device": nothing, "stream": nothing, "graph": nothing, "CUDAGraph": object,
+        "Stream": lambda: stream, "current_stream": lambda: stream, "set_stream": nothing,
+        "synchronize": nothing, "get_rng_state": nothing, "set_rng_state": nothing,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_a_capture_that_fails_is_undone_and_warned_of(no_card, capsys, call):
+    """In the first of the three calls before the capture, or in the capture itself."""
+    calls, undone = [], []
+
+    def fails():
+        calls.append(None)
+        if len(calls) == call:
+            raise RuntimeError("operation not permitted\nand more")
+
+    cpu = torch.device("cpu")
+    assert utils.capture(fails, cpu, lambda: undone.append(len(calls))) is fails
+    assert undone == [call]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: CUDA capture failed, going on without it: operation not permitted"
+    ]
+
+
+def test_a_failed_capture_that_spoils_the_generator_names_the_way_out(no_card, monkeypatch):
+    def fails(*arguments, **named):
+        raise RuntimeError("Offset increment outside graph capture")
+
+    monkeypatch.setattr(torch, "rand", fails)
+    with pytest.raises(utils.RunError, match="--eager"):
+        utils.capture(fails, torch.device("cpu"))
