@@ -220,7 +220,9 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
         given["preset"] = top["preset"] = "full" if on_gpu else "small"
     # The replay's size is settled once: a restored run must forget the same episodes.
     memory = {"buffer_gb": round(0.6 * utils.free_memory_gb(torch.device("cpu")), 1)}
-    tables = {**memory, **PRESETS[top["preset"]], **ALGORITHMS[top["algo"]]}
+    # A run that was saved before a setting existed goes on without it, as in the full preset.
+    preset = "full" if saved else top["preset"]
+    tables = {**memory, **PRESETS[preset], **ALGORITHMS[top["algo"]]}
     config = Config(**{**defaults, **tables, **kept, **given})
     check(config)
     return config

@@ -473,9 +473,12 @@ def test_a_checkpoint_path_without_restore(tmp_path, capsys):
 def test_settings_saved_by_another_version():
     saved = dataclasses.asdict(dreamer.resolve({"algo": "Dreamerv2"}))
     old = {**saved, "buffer_gb": None, "gone_since": 3}
-    del old["batch_size"]
+    assert old.pop("act_memory") and old.pop("first_share")  # the preset's, since they exist
     config = dreamer.resolve({}, old)
-    assert config.batch_size == saved["batch_size"] and config.buffer_gb > 0
+    assert config.buffer_gb > 0
+    differ = {k for k, v in vars(config).items() if k != "buffer_gb" and v != saved[k]}
+    assert differ == {"act_memory", "first_share"}
+    assert (config.act_memory, config.first_share) == (0, 0)
     without = dreamer.resolve({"algo": "Dreamerv2", "kl_balance": None})
     assert dreamer.resolve({}, dataclasses.asdict(without)).kl_balance is None
 
