@@ -976,6 +976,12 @@ class Trainer:
         """
         if not self.watched:
             return
+        scaler = self.agent.scaler
+        if scaler.is_enabled() and scaler.get_scale() < 1e-6:  # before it is 0, and its inverse inf
+            raise utils.RunError(
+                f"gradient step {self.progress.updates}: gradients overflow float16 at every loss "
+                "scale; go on with --restore --precision fp32"
+            )
         finite = torch.stack(self.watched).isfinite().cpu()
         first, self.watched = self.progress.updates - len(self.watched), []
         if finite.all():

@@ -665,6 +665,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
     assert last_state(folder(tmp_path))["progress"]["updates"] <= 5
 
 
+def test_gradients_that_always_overflow_float16_stop_the_run(tmp_path, capsys, monkeypatch):
+    """In float32 with a loss scale: only that is under test."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e-7)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *arguments, **named: scaler)
+    error_line(capsys, train(tmp_path), "gradient step 1:", "--precision fp32")
+
+
 # ------------------------------------------------------------------------- real processes
 
 
