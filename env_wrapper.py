@@ -23,12 +23,20 @@ import numpy as np
 SIZE = 64  # pixels of an observation, height and width
 ALIASES = {"cup": "ball_in_cup", "pointmass": "point_mass"}  # short names in common use
 
-# Width and height of the shadow map, by domain or task, where it is not 1024; the suite has 2048.
-# A smaller map is cheaper on software GL and moves the edges of shadows. With these all but one
-# pixel in a thousand stay within 8 of 255 of the suite's.
-SHADOW_MAP = dict.fromkeys(("cartpole", "cheetah", "walker"), 768) | dict.fromkeys(
-    ("dog", "humanoid_CMU", "quadruped-escape", "reacher", "swimmer"), 2048
-)
+# What software GL draws cheaper, by domain or task: width and height of the shadow map, and rings
+# of triangles on round bodies. With these all but one pixel in a thousand stay within 8 of 255 of
+# the suite's.
+SUITE_QUALITY, CHEAP_QUALITY = (2048, 16), (1024, 16)
+QUALITY = {
+    "cartpole": (768, 12),
+    "cheetah": (768, 12),
+    "walker": (768, 16),
+    "dog": SUITE_QUALITY,
+    "humanoid_CMU": SUITE_QUALITY,
+    "quadruped-escape": SUITE_QUALITY,
+    "reacher": SUITE_QUALITY,
+    "swimmer": SUITE_QUALITY,
+}
 
 
 class UnknownTask(ValueError):
@@ -161,7 +169,7 @@ class ControlSuite(gym.Env):
         self.observation_space = gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)
 
     def _cheap_rendering(self) -> None:
-        """Settings that are cheap on software GL and change hardly a pixel (see `SHADOW_MAP`).
+        """Settings that are cheap on software GL and change hardly a pixel (see `QUALITY`).
 
         They must be made before the first context; where `reset` builds the physics anew, this
         is called again.
@@ -171,8 +179,9 @@ class ControlSuite(gym.Env):
         size = max(SIZE, self.render_size if self.render_mode else 0)
         visual.global_.offwidth = visual.global_.offheight = size
         domain, name = self._task
-        shadows = SHADOW_MAP.get(f"{domain}-{name}", SHADOW_MAP.get(domain, 1024))
+        shadows, stacks = QUALITY.get(f"{domain}-{name}", QUALITY.get(domain, CHEAP_QUALITY))
         visual.quality.shadowsize = min(shadows, visual.quality.shadowsize)
+        visual.quality.numstacks = min(stacks, visual.quality.numstacks)
 
     def _observation(self) -> np.ndarray:
         # The suite's own `render` would build a scene for every picture.

@@ -452,12 +452,18 @@ def test_cheap_pictures_are_those_of_the_suite(domain, task, make, load_raw):
 
 
 @pytest.mark.parametrize(
-    "task, shadows", [("walker-walk", 768), ("hopper-hop", 1024), ("quadruped-escape", 2048)]
+    "task, shadows, stacks",
+    [
+        ("walker-walk", 768, 16),
+        ("cheetah-run", 768, 12),
+        ("hopper-hop", 1024, 16),
+        ("quadruped-escape", 2048, 16),
+    ],
 )
-def test_cheap_settings_are_in_force_when_the_first_picture_is_drawn(task, shadows, make):
+def test_cheap_settings_are_in_force_when_the_first_picture_is_drawn(task, shadows, stacks, make):
     env = make(task, seed=0)
     visual = env.unwrapped._env.physics.model.vis
-    assert visual.quality.shadowsize == shadows
+    assert (visual.quality.shadowsize, visual.quality.numstacks) == (shadows, stacks)
     assert (visual.global_.offwidth, visual.global_.offheight) == (64, 64)
 
 
