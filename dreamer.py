@@ -256,7 +256,7 @@ def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
     """The KL term of the model's loss and the mean KL itself, in nats.
 
     Without balance (v1 code): max(mean KL(post || prior), free nats): first the mean over all
-    states, then the maximum. With it (v2, equation 2 and algorithm 2):
+    states, then the maximum. With it (v2, algorithm 2):
     α KL(sg(post) || prior) + (1 − α) KL(post || sg(prior)), each mean bounded below by the free
     nats: the value of the KL is the same, and its gradients reach the prior and the posterior
     with weights α and 1 − α.
@@ -271,8 +271,9 @@ def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
 
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
-    """V_k = r_k + γ_k ((1 − λ) v_{k+1} + λ V_{k+1}), V_H = v_H, for k = 1 ... H−1 (equation 6).
+    """V_k = r_k + γ_k ((1 − λ) v_{k+1} + λ V_{k+1}), V_H = v_H (equation 6).
 
+    For k = 1 ... H-1.
     `reward`, `value`, `discount`: (H, ...), of the imagined states 1 ... H. Returns (H-1, ...).
     """
     target = value[-1]
@@ -284,9 +285,9 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
 
 
 def discount_weight(discount: Tensor) -> Tensor:
-    """w_k = γ_1 ... γ_{k−1}, w_1 = 1: how likely step k is still reached. (H, ...) to (H-1, ...).
+    """w_k = γ_1 ... γ_{k−1}, w_1 = 1: how likely step k is still reached.
 
-    Gradients are stopped.
+    (H, ...) to (H-1, ...). Gradients are stopped.
     """
     ones = torch.ones_like(discount[:1])
     return torch.cat([ones, discount[:-2]]).cumprod(0).detach()
@@ -580,10 +581,10 @@ class Dreamer(nn.Module):
         self.scaler.scale(loss).backward(inputs=weights, retain_graph=retain_graph)
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip_norm)
-        metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
-        if self.scaler.is_enabled():  # the step is skipped, and the scale halved
+        if self.scaler.is_enabled():  # at an overflow the step is skipped, and the scale halved
             metrics[f"overflow/{name}"] = 1 - norm.isfinite().to(self.dtype)
-            metrics[f"grad_norm/{name}"] = norm.nan_to_num(0, 0)
+            norm = norm.nan_to_num(0, 0)
+        metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
 
     def _undo(self) -> Callable[[], None]:
         """A function that puts back, in place, what gradient steps from now on change."""

@@ -8,6 +8,7 @@ dm_control is imported when the first environment is made, because the GL back-e
 chosen before that.
 """
 
+import atexit
 import difflib
 import functools
 import multiprocessing
@@ -253,12 +254,13 @@ def play_with_the_suites_renderer(task: str, frames: int, action_repeat: int) ->
 def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     """`n` environments that are stepped together, `make_env(*arguments)` each.
 
-    In parallel each is a process of its own, which does not answer to Ctrl-C: this process does,
-    and closes them.
+    In parallel each is a process of its own, which answers neither to Ctrl-C nor to SIGTERM, as
+    these may reach every process of a group: this one does, and closes the others.
     """
     if not parallel:
         return gym.vector.SyncVectorEnv([lambda: make_env(*arguments)] * n)
     choose_gl()
+    atexit.register(_kill_workers)
     # Not forked from here: threads and GL contexts do not survive a fork.
     methods = multiprocessing.get_all_start_methods()
     context = "forkserver" if "forkserver" in methods else "spawn"
@@ -274,8 +276,15 @@ def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
             main.__file__ = file
 
 
+def _kill_workers() -> None:
+    """Ends those that nobody closed: multiprocessing would ask by SIGTERM, and wait for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def _make_in_worker(parent: int, *arguments) -> gym.Env:
     if os.getpid() != parent:  # AsyncVectorEnv makes one in its own process too, to look at it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa would start a thread a core in each
     return make_env(*arguments)

@@ -156,9 +156,12 @@ def group_is_alive(process) -> bool:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_no_worker_outlives_its_run_nor_takes_the_terminals_interrupt(tmp_path, number, code):
-    """Ctrl-C reaches every process of the group; SIGKILL only the run itself."""
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code):
+    """Ctrl-C and a scheduler's SIGTERM reach every process; SIGKILL here only the run itself."""
     more = {"total_steps": 10**5, "vector_env": "async", "logdir": tmp_path}
     command = [sys.executable, "dreamer.py", "--train", *flags(**{**SHORT_RUN, **more})]
     with (tmp_path / "log").open("w") as log:
@@ -169,14 +172,31 @@ def test_no_worker_outlives_its_run_nor_takes_the_terminals_interrupt(tmp_path, 
     while not (metrics.exists() and "eval/return_mean" in metrics.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "no evaluation came"
         time.sleep(0.1)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
+    if number == signal.SIGKILL:
         process.kill()
+    else:
+        os.killpg(process.pid, number)
     assert process.wait(timeout=120) == code
     deadline = time.monotonic() + 60
     while group_is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not group_is_alive(process)
-    if number == signal.SIGINT:  # after a kill the workers complain as they end
+    if number != signal.SIGKILL:  # after a kill the workers complain as they end
         assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+def test_a_process_that_fails_ends_though_its_workers_were_not_closed():
+    code = (
+        "import env_wrapper\n"
+        "envs = env_wrapper.make_vector_env(2, True, 'cartpole-balance')\n"
+        "kept = envs.reset, envs\n"
+        "raise SystemExit(7)"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    assert process.wait(timeout=120) == 7
+    deadline = time.monotonic() + 60
+    while group_is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_is_alive(process)
