@@ -1463,7 +1463,7 @@ def command(argv: list[str]) -> None:
     for name, mode in (("checkpoint_path", "restore"), ("json", "benchmark")):
         if name in modes and mode not in modes:
             raise utils.RunError(f"--{name.replace('_', '-')} goes with --{mode}")
-    torch.set_flush_denormal(True)
+    utils.tune_process()
     commands[wanted[0]](modes, given)
 
 

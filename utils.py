@@ -1,10 +1,12 @@
 """What every training script needs and no algorithm: files, logs, random states, signals."""
 
+import ctypes
 import gc
 import io
 import json
 import math
 import os
+import platform
 import random
 import signal
 import sys
@@ -495,6 +497,21 @@ def matmul_flops(device: torch.device, dtype: torch.dtype | None) -> float:
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
     return 2 * size**3 / Stopwatch(device).median(lambda: a @ a, 5)
+
+
+def tune_process() -> None:
+    """Settings of this process that its speed depends on; before anything is computed.
+
+    Denormal numbers count as zero. And what is freed is kept: glibc gives a large block back to
+    the system, which clears it page by page when the next one is wanted, and that takes as long
+    as half of a full-size gradient step.
+    """
+    torch.set_flush_denormal(True)
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # as in <malloc.h>
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, -1)  # never shrink the heap
+        mallopt(mmap_max, 0)  # every block comes from it
 
 
 def peak_memory_gb(device: torch.device) -> float:

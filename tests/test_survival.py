@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,26 @@ def test_memory_and_open_files_stay_flat_over_200_iterations(tmp_path):
     assert code == 0 and len(seen) == 199
     assert files[-50:].max() <= files[20:70].max()
     assert memory[-20:].mean() - memory[40:60].mean() < 8e6, memory.tolist()
+
+
+TUNED = """
+import sys, resource, torch, dreamer
+code = dreamer.main(["--evaluate", "--restore", "--logdir", sys.argv[1]])
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    before = faults()
+    torch.ones(2**24)  # 16384 pages
+print(code, faults() - before, (torch.full((99,), 1e-20) ** 2).sum().item())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told")
+def test_a_command_keeps_freed_memory_and_takes_denormals_as_zero(tmp_path):
+    command = [sys.executable, "-c", TUNED, str(tmp_path)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code, faults, denormals = out.split()
+    assert (code, float(denormals)) == ("2", 0)
+    assert int(faults) < 1000
 
 
 # ------------------------------------------------- evaluation in processes of its own
