@@ -64,14 +64,18 @@ def measure(episodes: int, flags: dict) -> dict:
         restored = monotonic() - start
         trainer.run()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    keys = "time/hours", "time/sample_ms"
-    hours, waits = ([row[key] for row in rows if key in row] for key in keys)
+    hours, steps, waits, frames_per_second = (
+        [row[key] for row in rows if key in row]
+        for key in ("time/hours", "time/update_ms", "time/sample_ms", "time/collect_fps")
+    )
     return {
         "episodes": episodes,
         "replay GB": trainer.replay.gigabytes,
         "restoring s": restored,
         "iteration s": float(np.median(np.diff([0, *hours])) * 3600),
+        "collecting frames/s": float(np.median(frames_per_second)),
         "waiting for a batch ms": float(np.median(waits)),
+        "gradient step ms": float(np.median(steps)),
         "peak memory GB": utils.peak_memory_gb(trainer.device),
     }
 
@@ -79,7 +83,9 @@ def measure(episodes: int, flags: dict) -> dict:
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     flags = {"env": "cartpole-balance", "algo": "Dreamerv2"}
+    rows = []
     for episodes in (10, 100, 1000):
         with ProcessPoolExecutor(1, context) as process:  # so that the peak of memory is its own
-            row = process.submit(measure, episodes, flags).result()
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            rows.append(process.submit(measure, episodes, flags).result())
+    for row in rows:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
