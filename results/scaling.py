@@ -3,7 +3,7 @@
     python results/scaling.py
 
 Runs that hold 10, 100 and 1000 episodes of 1000 frames are restored, each in a process of its own,
-and go on for three iterations. An episode is one of five random ones, copied.
+and go on for five iterations of 100 gradient steps. An episode is one of five random ones, copied.
 """
 
 import json
@@ -22,7 +22,7 @@ import dreamer
 import replay_buffer
 import utils
 
-ITERATIONS, DIFFERENT = 3, 5
+ITERATIONS, DIFFERENT = 5, 5
 
 
 def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
@@ -82,7 +82,7 @@ def measure(episodes: int, flags: dict) -> dict:
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    flags = {"env": "cartpole-balance", "algo": "Dreamerv2"}
+    flags = {"env": "cartpole-balance", "algo": "Dreamerv2", "update_steps": 100}
     rows = []
     for episodes in (10, 100, 1000):
         with ProcessPoolExecutor(1, context) as process:  # so that the peak of memory is its own
