@@ -4,6 +4,7 @@
 
 Runs that hold 10, 100 and 1000 episodes of 1000 frames are restored, each in a process of its own,
 and go on for five iterations of 100 gradient steps. An episode is one of five random ones, copied.
+Three rounds, since a machine's speed drifts.
 """
 
 import json
@@ -22,7 +23,7 @@ import dreamer
 import replay_buffer
 import utils
 
-ITERATIONS, DIFFERENT = 5, 5
+ITERATIONS, DIFFERENT, ROUNDS = 5, 5, 3
 
 
 def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
@@ -84,7 +85,7 @@ if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     flags = {"env": "cartpole-balance", "algo": "Dreamerv2", "update_steps": 100}
     rows = []
-    for episodes in (10, 100, 1000):
+    for episodes in (10, 100, 1000) * ROUNDS:
         with ProcessPoolExecutor(1, context) as process:  # so that the peak of memory is its own
             rows.append(process.submit(measure, episodes, flags).result())
     for row in rows:
