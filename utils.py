@@ -503,8 +503,8 @@ def tune_process() -> None:
     """Settings of this process that its speed depends on; before anything is computed.
 
     Denormal numbers count as zero. And what is freed is kept: glibc gives a large block back to
-    the system, which clears it page by page when the next one is wanted, and that takes as long
-    as half of a full-size gradient step.
+    the system, which clears it page by page when the next one is wanted, a fifth of the time of
+    a full-size gradient step (results/benchmark.md).
     """
     torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":

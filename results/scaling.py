@@ -43,8 +43,6 @@ def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
         trainer.progress = dreamer.Progress(
             step, episodes, iterations=1, updates_left=config.update_steps, iteration_end=step + 1
         )
-        for trigger in trainer.every.values():
-            trigger.fired(step)
         trainer.open_logs()
         trainer.save()
         trainer.close()
@@ -54,7 +52,8 @@ def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
 def measure(episodes: int, flags: dict) -> dict:
     """Restores a run of so many episodes and goes on; seconds, milliseconds and 10^9 bytes."""
     utils.tune_process()
-    config = dreamer.resolve({**flags, "eval_interval": 0, "eval_episodes": 1})
+    rare = dict.fromkeys(("eval_interval", "checkpoint_interval", "video_interval"), 0)
+    config = dreamer.resolve({**flags, **rare, "eval_episodes": 1})
     config.total_steps = (episodes + ITERATIONS) * config.time_limit
     with tempfile.TemporaryDirectory() as scratch, utils.StopSignal() as stop:
         folder = Path(scratch)

@@ -1,16 +1,12 @@
 """results/cartpole_model.py against the physics, and on a tiny run."""
 
-import sys
-
+import cartpole_model
 import numpy as np
 import pytest
-from conftest import ROOT, folder
+from conftest import folder
 
 import dreamer
 import utils
-
-sys.path.insert(0, str(ROOT / "results"))
-import cartpole_model
 
 
 def test_a_push_moves_the_pole_the_other_way_and_leaves_the_physics_as_it_was():

@@ -1,7 +1,6 @@
 """results/plot.py on made-up runs with known answers."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -9,13 +8,11 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import plot
 import pytest
+from conftest import ROOT
 
-SCRIPT = Path(__file__).resolve().parent.parent / "results" / "plot.py"
-SPEC = importlib.util.spec_from_file_location("plot", SCRIPT)
-plot = importlib.util.module_from_spec(SPEC)
-sys.modules["plot"] = plot
-SPEC.loader.exec_module(plot)
+SCRIPT = ROOT / "results" / "plot.py"
 
 CONFIG = {"preset": "small", "batch_size": 16, "device": "auto", "kl_balance": None}
 

@@ -1,12 +1,8 @@
 """results/scaling.py on a tiny run."""
 
-import sys
-
 import pytest
-from conftest import ROOT, SHORT_RUN
-
-sys.path.insert(0, str(ROOT / "results"))
 import scaling
+from conftest import SHORT_RUN
 
 
 def test_a_tiny_run_is_restored_and_goes_on(capsys):
@@ -15,4 +11,5 @@ def test_a_tiny_run_is_restored_and_goes_on(capsys):
     assert row["replay GB"] == pytest.approx(rows * (64 * 64 * 3 + 4 * 3) / 1e9)
     assert row["episodes"] == 7
     assert all(0 < value < float("inf") for value in row.values())
+    assert row["iteration s"] > SHORT_RUN["update_steps"] * row["gradient step ms"] / 1000
     assert "damaged" not in capsys.readouterr().out
