@@ -43,6 +43,7 @@ from models import (
     ConvEncoder,
     DenseDecoder,
     State,
+    TanhNormal,
     UnitNormal,
     init_as_keras,
     kl_divergence,
@@ -276,10 +277,11 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: floa
     For k = 1 ... H-1.
     `reward`, `value`, `discount`: (H, ...), of the imagined states 1 ... H. Returns (H-1, ...).
     """
-    target = value[-1]
-    targets = []
-    for k in reversed(range(len(reward) - 1)):
-        target = reward[k] + discount[k] * ((1 - lambda_) * value[k + 1] + lambda_ * target)
+    at_once = reward[:-1] + discount[:-1] * (1 - lambda_) * value[1:]
+    later = lambda_ * discount[:-1]
+    target, targets = value[-1], []
+    for a, b in reversed(list(zip(at_once.unbind(), later.unbind()))):
+        target = a + b * target
         targets.append(target)
     return torch.stack(targets[::-1])
 
@@ -363,7 +365,9 @@ class Dreamer(nn.Module):
         self._batch, self._replay = None, None  # what the captured gradient step reads, and it
         self._policies = {}
         self.half = self._half_type()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
+        # One each: the model's gradients overflow at scales where the actor's would underflow.
+        scales = {"enabled": self.half == torch.float16, "growth_interval": 200}
+        self.scalers = {name: torch.amp.GradScaler(device.type, **scales) for name in rates}
 
     def _half_type(self) -> torch.dtype | None:
         choice = self.config.precision
@@ -423,7 +427,7 @@ class Dreamer(nn.Module):
         """Open-loop prediction: `context` frames are seen, the rest imagined from the actions.
 
         `image` (T, B, 64, 64, 3) uint8, `action` (T, B, A), rows as in the replay. Returns frames
-        (T, B, 64, 64, 3) in [0, 1], the first `context` reconstructed, and rewards (T, B).
+        (T, B, 64, 64, 3) in [0, 1], the first `context` reconstructed.
         """
         rssm = self.world.rssm
         with self.autocast():
@@ -433,8 +437,7 @@ class Dreamer(nn.Module):
             for t in range(context, len(action)):
                 state = rssm.img_step(state, action[t])
                 features.append(state.feature[None])
-            features = torch.cat(features)
-            return self.world.decoder(features).mean + 0.5, self.world.reward(features).mean
+            return self.world.decoder(torch.cat(features)).mean + 0.5
 
     # ------------------------------------------------------------------ gradient step
 
@@ -474,23 +477,22 @@ class Dreamer(nn.Module):
 
         The actor sees features without gradients; its actions carry them into the next state.
         """
-        state, features, policies, actions, surprises = start, [], [], [], []
+        state, features, policies = start, [start.feature], []
         for _ in range(self.config.imagine_horizon):
-            policy = self.actor(state.feature.detach())
-            action, surprise = policy.rsample_with_surprise()
-            state = self.world.rssm.img_step(state, action)
+            policy = self.actor(features[-1].detach())
+            x = policy.rsample_before_tanh()
+            state = self.world.rssm.img_step(state, torch.tanh(x))
             features.append(state.feature)
-            policies.append(policy)
-            actions.append(action)
-            surprises.append(surprise)
-        surprise = torch.stack(surprises)
+            policies.append((x, policy.mean, policy.std))
+        x, mean, std = (torch.stack(tensors) for tensors in zip(*policies))
+        surprise = TanhNormal(mean, std).surprise(x)
         with torch.no_grad():
             metrics = {
                 "entropy/policy": surprise.mean(),
-                "policy/saturated": (torch.stack(actions).abs() > 0.99).to(self.dtype).mean(),
-                "policy/std": torch.stack([p.std for p in policies]).mean(),
+                "policy/saturated": (torch.tanh(x).abs() > 0.99).to(self.dtype).mean(),
+                "policy/std": std.mean(),
             }
-        return torch.stack(features), surprise, metrics
+        return torch.stack(features[1:]), surprise, metrics
 
     def behaviour_losses(self, post: State):
         """Losses of the actor and of the value in imagination from every posterior, and metrics.
@@ -506,7 +508,8 @@ class Dreamer(nn.Module):
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
-        with frozen(self.world):
+        # Autocast keeps the casts of trained weights only: constants it would cast at every step.
+        with frozen(self.world) if self.half is None else nullcontext():
             feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
             if c.use_disc_model:
@@ -563,9 +566,9 @@ class Dreamer(nn.Module):
 
     def _update(self, batch: dict) -> dict:
         metrics = self.gradients(batch)
-        for optimizer in self.optimizers.values():
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        for name, optimizer in self.optimizers.items():
+            self.scalers[name].step(optimizer)
+            self.scalers[name].update()
         return metrics
 
     def model_rate(self, number: int) -> float:
@@ -576,12 +579,13 @@ class Dreamer(nn.Module):
 
     def _backward(self, name: str, loss: Tensor, metrics: dict, retain_graph=False) -> None:
         """The clipped gradient of `loss` for the network `name`, and for no other."""
-        optimizer, weights = self.optimizers[name], list(getattr(self, name).parameters())
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        weights = list(getattr(self, name).parameters())
         optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward(inputs=weights, retain_graph=retain_graph)
-        self.scaler.unscale_(optimizer)
+        scaler.scale(loss).backward(inputs=weights, retain_graph=retain_graph)
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip_norm)
-        if self.scaler.is_enabled():  # at an overflow the step is skipped, and the scale halved
+        if scaler.is_enabled():  # at an overflow the step is skipped, and the scale halved
             metrics[f"overflow/{name}"] = 1 - norm.isfinite().to(self.dtype)
             norm = norm.nan_to_num(0, 0)
         metrics[f"loss/{name}"], metrics[f"grad_norm/{name}"] = loss, norm
@@ -594,9 +598,10 @@ class Dreamer(nn.Module):
             for optimizer in self.optimizers.values()
             for p, state in optimizer.state.items()
         }
-        if self.scaler.is_enabled():
-            self.scaler.scale(torch.zeros((), device=self.device))  # its tensors, if it has none
-        scaler = self.scaler.state_dict()
+        scales = {}
+        for name, scaler in self.scalers.items():
+            scaler.scale(torch.zeros((), device=self.device))  # its tensors, if it has none
+            scales[name] = scaler.state_dict()
 
         @torch.no_grad()
         def undo():
@@ -606,22 +611,23 @@ class Dreamer(nn.Module):
                 for p, state in optimizer.state.items():
                     for key, tensor in state.items():  # Adam starts from zeros
                         tensor.copy_(moments[p][key]) if p in moments else tensor.zero_()
-            if scaler:
-                self.scaler.update(scaler["scale"])  # forgets what was unscaled, and not stepped
-                self.scaler.load_state_dict(scaler)
+            for name, scaler in self.scalers.items():
+                if scaler.is_enabled():
+                    scaler.update(scales[name]["scale"])  # forgets what was unscaled, not stepped
+                    scaler.load_state_dict(scales[name])
 
         return undo
 
     # --------------------------------------------------------------------------- state
 
     def state(self) -> dict:
-        """All that training changes: every network, every optimizer, the loss scaler."""
+        """All that training changes: every network, every optimizer, the loss scalers."""
         optimizers = self.optimizers.items()
         return {
             "networks": self.state_dict(),
             # Without the rates and the like: those are in the configuration.
             "optimizers": {n: {"state": o.state_dict()["state"]} for n, o in optimizers},
-            "scaler": self.scaler.state_dict(),
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
         }
 
     def load_state(self, state: dict) -> None:
@@ -632,8 +638,9 @@ class Dreamer(nn.Module):
             moments = state["optimizers"][name]["state"]
             optimizer.load_state_dict({"state": moments, "param_groups": options})
         self._replay = None  # it knows the optimizers' old tensors
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        for name, scale in state.get("scalers", {}).items():
+            if scale:  # none where it was not in use
+                self.scalers[name].load_state_dict(scale)
 
 
 def normal_entropy(std: Tensor) -> Tensor:
@@ -789,7 +796,7 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
     image = np.stack([e["image"][:length] for e in episodes], 1)
     action = np.stack([e["action"][:length] for e in episodes], 1)
     with utils.isolated_random(0):
-        model, _ = agent.dream(
+        model = agent.dream(
             torch.from_numpy(image).to(agent.device), torch.from_numpy(action).to(agent.device)
         )
     truth, model = image / 255, model.float().cpu().numpy()
@@ -861,7 +868,8 @@ class Trainer:
         self.sampler, self.ahead = ThreadPoolExecutor(1), (None, None)
         networks = self.agent.optimizers
         self.watched_names = [f"loss/{name}" for name in networks]
-        if not self.agent.scaler.is_enabled():  # with loss scaling a gradient may overflow
+        self.scalers = [s for s in self.agent.scalers.values() if s.is_enabled()]
+        if not self.scalers:  # with loss scaling a gradient may overflow
             self.watched_names += [f"grad_norm/{name}" for name in networks]
         self.watched = []  # what must be finite, of the gradient steps not yet looked at
         self.names = []  # files of the episodes seen, oldest first
@@ -954,7 +962,7 @@ class Trainer:
         c = self.config
         seed = (c.seed, REPLAY, number)
         batch = self.replay.sample(c.batch_size, c.train_seq_len, seed, c.first_share)
-        return {key: utils.queue_copy(value, self.device) for key, value in batch.items()}
+        return {key: replay_buffer.queue_copy(value, self.device) for key, value in batch.items()}
 
     def next_batch(self) -> dict:
         """The batch of this gradient step; that of the next is drawn while this one is taken.
@@ -977,8 +985,8 @@ class Trainer:
         """
         if not self.watched:
             return
-        scaler = self.agent.scaler
-        if scaler.is_enabled() and scaler.get_scale() < 1e-6:  # before it is 0, and its inverse inf
+        # Before a scale is 0, and its inverse inf.
+        if any(scaler.get_scale() < 1e-6 for scaler in self.scalers):
             raise utils.RunError(
                 f"gradient step {self.progress.updates}: gradients overflow float16 at every loss "
                 "scale; go on with --restore --precision fp32"
@@ -1006,7 +1014,7 @@ class Trainer:
         seed = utils.stream_seed(c.seed, TRAINING, p.episodes)
         agent = self.agent if p.step >= c.seed_steps else None
         episode, frames = collect_episode(self.env, agent, seed, self.stop)
-        self.names.append(replay_buffer.save_episode(self.folder / "episodes", episode))
+        self.save_episode(episode)
         self.replay.add(episode)
         p.step += frames
         p.episodes += 1
@@ -1077,6 +1085,13 @@ class Trainer:
 
     # ------------------------------------------------------------ saving, going on
 
+    def save_episode(self, episode: dict) -> None:
+        """Writes an episode to disk and notes its name; the file is whole or absent."""
+        name = replay_buffer.episode_name(episode)
+        with utils.atomic_file(self.folder / "episodes" / name) as file:
+            replay_buffer.write_episode(file, episode)
+        self.names.append(name)
+
     def save(self) -> None:
         """Writes a checkpoint and removes those that are no longer kept."""
         self.check_finite()
@@ -1098,8 +1113,8 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Goes on from a checkpoint: fills the replay from the run's episodes.
 
-        A damaged episode is moved to `episodes/damaged/` and named. What the run wrote after the
-        checkpoint is removed: it will come again, the same.
+        A damaged episode is moved to `episodes/damaged/` and named. The episodes, checkpoints and
+        rows of the logs that came after the checkpoint are removed: they will come again, the same.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.

@@ -15,6 +15,7 @@ PlaNet, arXiv 1811.04551.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -86,19 +87,19 @@ class TanhNormal:
 
     def rsample(self) -> Tensor:
         """A reparameterized sample, (..., A)."""
-        return torch.tanh(self._rsample_before_tanh())
+        return torch.tanh(self.rsample_before_tanh())
 
-    def rsample_with_surprise(self) -> tuple[Tensor, Tensor]:
-        """A reparameterized sample (..., A), and minus the ln of its density, (...).
-
-        The mean of the latter is the entropy, and its gradient does not vanish where the tanh's
-        does: it is taken before the tanh.
-        """
-        x = self._rsample_before_tanh()
-        return torch.tanh(x), -self._log_density(x)
-
-    def _rsample_before_tanh(self) -> Tensor:
+    def rsample_before_tanh(self) -> Tensor:
+        """Of which the tanh is a reparameterized sample, (..., A)."""
         return self.mean + self.std * standard_normal(self.mean.shape, self.mean)
+
+    def surprise(self, x: Tensor) -> Tensor:
+        """Minus the ln of the density of tanh(`x`), for `x` before the tanh (..., A): (...).
+
+        Its mean over samples is the entropy, and its gradient does not vanish where the tanh's
+        does.
+        """
+        return -self._log_density(x)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """ln density of `action` (..., A), finite at -1 and 1, where float32 rounds to."""
@@ -205,9 +206,12 @@ class RSSM(nn.Module):
         return State(stoch, zeros(batch, self.deter_size), stoch, stoch)
 
     def _recur(self, stoch: Tensor, deter: Tensor, action: Tensor) -> Tensor:
-        """The next deterministic state, (N, D), from one state and action, (N, ...)."""
+        """The next deterministic state, (N, D), from one state and action, (N, ...).
+
+        It may be of half precision, and goes as it is into the next step.
+        """
         x = F.elu(self.img_in(torch.cat([stoch, action], -1)), inplace=True)
-        return full_precision(self.cell(x, deter))
+        return self.cell(x, deter)
 
     def _stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = full_precision(x).chunk(2, -1)
@@ -233,17 +237,19 @@ class RSSM(nn.Module):
         """
         stoch, deter = state.stoch, state.deter
         # The posterior's first layer, in two: the embedding's share is one product for all of time.
-        deter_weight, embed_weight = self.obs_in.weight.tensor_split([self.deter_size], 1)
+        weight = self.obs_in.weight.to(embed.dtype)  # once; autocast would cast it at every step
+        deter_weight, embed_weight = weight.tensor_split([self.deter_size], 1)
         embed_part = F.linear(embed, embed_weight, self.obs_in.bias)
         noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
         steps = []
-        for t in range(len(action)):
-            deter = self._recur(stoch, deter, action[t])
-            hidden = F.elu(F.linear(deter, deter_weight) + embed_part[t], inplace=True)
+        # Not by index: in the backward pass each would be a tensor of the size of all of time.
+        for a, e, n in zip(action.unbind(), embed_part.unbind(), noise.unbind()):
+            deter = self._recur(stoch, deter, a)
+            hidden = F.elu(F.linear(deter, deter_weight) + e, inplace=True)
             mean, std = self._stats(self.obs_out(hidden))
-            stoch = mean + std * noise[t]
+            stoch = mean + std * n
             steps.append((stoch, deter, mean, std))
-        posterior = State(*(torch.stack(x) for x in zip(*steps)))
+        posterior = State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
         # The recurrence does not need the prior: its head runs once over all of time.
         mean, std = self._stats(self.img_out(posterior.deter))
         return posterior, State(mean, posterior.deter, mean, std)
@@ -296,7 +302,11 @@ class DenseDecoder(nn.Module):
         self.binary = binary
 
     def forward(self, feature: Tensor) -> UnitNormal | Bernoulli:
-        x = full_precision(self.net(feature)).squeeze(-1)
+        x = self.net[:-1](feature)
+        # bfloat16 would round values of about 100 to halves.
+        half = x.dtype != self.net[-1].weight.dtype
+        with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
+            x = self.net[-1](full_precision(x)).squeeze(-1)
         return Bernoulli(x) if self.binary else UnitNormal(x, event_dims=0)
 
 

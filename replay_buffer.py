@@ -15,12 +15,11 @@ import zipfile
 from collections import deque
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
-
-import utils
 
 KEYS = ("image", "action", "reward", "discount")
 
@@ -33,16 +32,15 @@ class ReplayError(RuntimeError):
     """The replay cannot do what was asked; the message says why and what would help."""
 
 
-def save_episode(folder: Path, episode: dict) -> str:
-    """Writes `<UTC time>-<uuid>-<length>.npz` and returns that name; length counts actions.
-
-    The file is whole or absent.
-    """
+def episode_name(episode: dict) -> str:
+    """A name for its file, never the same twice: `<UTC time>-<uuid>-<length>.npz`, in actions."""
     now = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S")
-    name = f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
-    with utils.atomic_file(folder / name) as file:
-        np.savez_compressed(file, **episode)
-    return name
+    return f"{now}-{uuid.uuid4().hex}-{len(episode['reward']) - 1}.npz"
+
+
+def write_episode(file: BinaryIO, episode: dict) -> None:
+    """Writes an episode into an open file, compressed."""
+    np.savez_compressed(file, **episode)
 
 
 def load_episode(path: Path, actions: int) -> dict:
@@ -73,6 +71,13 @@ def load_episode(path: Path, actions: int) -> dict:
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise DamagedEpisode(f"{key} holds numbers that are not finite")
     return episode
+
+
+def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; a copy to CUDA is queued there, and not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # from other memory a copy waits
+    return tensor.to(device, non_blocking=True)
 
 
 class ReplayBuffer:
@@ -183,5 +188,5 @@ class ReplayBuffer:
         rows = self.sample_rows(batch, length, seed, first_share)
         if self.device.type == "cpu":  # NumPy brings no threads that compete with training's
             return {key: torch.from_numpy(x.numpy()[rows]) for key, x in self._rows.items()}
-        where = utils.queue_copy(torch.from_numpy(rows), self.device)
+        where = queue_copy(torch.from_numpy(rows), self.device)
         return {key: tensor[where] for key, tensor in self._rows.items()}

@@ -93,8 +93,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path, device="cpu") -> dict:
-    """Reads what `save_checkpoint` wrote; code in the file is never run.
+def load_checkpoint(path: Path) -> dict:
+    """Reads what `save_checkpoint` wrote, onto the CPU; code in the file is never run.
 
     Raises:
         RunError: no such file, or no checkpoint of this program, or not as it was written.
@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, device="cpu") -> dict:
         if damaged:
             raise zipfile.BadZipFile(damaged)
         data.seek(0)
-        state = torch.load(data, map_location=device, weights_only=True)
+        state = torch.load(data, map_location="cpu", weights_only=True)
     except MemoryError:  # no fault of the file
         raise
     except Exception as error:  # the readers raise whatever a damaged archive provokes
@@ -205,7 +205,7 @@ class StopSignal:
     """
 
     def __init__(self, max_hours: float | None = None):
-        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._deadline = time.monotonic() + max_hours * 3600 if max_hours is not None else None
         self._signal = None
 
     def __enter__(self):
@@ -459,13 +459,6 @@ def capture(function, device: torch.device, undo=lambda: None):
         return output
 
     return replay
-
-
-def queue_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`; a copy to CUDA is queued there, and not waited for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from other memory a copy waits
-    return tensor.to(device, non_blocking=True)
 
 
 class Stopwatch:

@@ -20,7 +20,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dreamer
-import replay_buffer
 import utils
 
 ITERATIONS, DIFFERENT, ROUNDS = 5, 5, 3
@@ -34,7 +33,7 @@ def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
             (folder / name).mkdir()
         for number in range(DIFFERENT):
             episode, frames = dreamer.collect_episode(trainer.env, None, number, stop)
-            trainer.names.append(replay_buffer.save_episode(folder / "episodes", episode))
+            trainer.save_episode(episode)
         for number in range(DIFFERENT, episodes):
             source = trainer.names[number % DIFFERENT]
             trainer.names.append(f"{number}-{source}")

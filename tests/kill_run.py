@@ -34,7 +34,7 @@ PHASES = {
     "collecting": [(dreamer.Trainer, "collect")],
     "gradient step": [(dreamer.Trainer, "gradient_step")],
     "evaluating": [(dreamer.Trainer, "evaluate")],
-    "writing an episode": [(replay_buffer, "save_episode")],
+    "writing an episode": [(dreamer.Trainer, "save_episode")],
     "writing a checkpoint": [(dreamer.Trainer, "save")],
     "writing metrics": [(utils.Logger, "scalars"), (utils.Logger, "video")],
 }

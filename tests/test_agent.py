@@ -187,7 +187,7 @@ def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
 def test_actor_gradient_against_finite_differences(tiny_config, make_batch):
     """Through dynamics, reward and value, the gradient is the slope of the imagined return.
 
-    With two imagined states the second action is chosen from a feature whose gradient is
+    From the second imagined state on actions are chosen from a feature whose gradient is
     stopped, so the actor is made blind to features: then no path is cut, and the slope is exact.
     """
     config = tiny_config(imagine_horizon=4)
@@ -279,13 +279,33 @@ def test_the_step_in_float32_is_the_step_in_float64(make_batch, algo):
     assert sum(r.flips for r in relus.values()) <= 1e-5 * sum(r.count for r in relus.values())
 
 
-def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batch):
+@pytest.mark.parametrize("half_cell", [False, True])
+def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batch, half_cell):
+    """And states; also where autocast includes the GRU cell, as it does on CUDA."""
     agent = make_agent(precision="bf16", use_disc_model=True)
-    metrics = agent.update(make_batch(agent.config))
+    if half_cell:
+        agent.world.rssm.cell.register_forward_hook(lambda _, inputs, h: h.bfloat16())
+    batch = make_batch(agent.config)
+    metrics = agent.update(batch)
     assert all(m.dtype == torch.float32 and m.isfinite() for m in metrics.values())
-    image = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-    action, _ = agent.act(image, agent.world["rssm"].initial(1), torch.zeros(1, 2), explore=False)
-    assert action.dtype == torch.float32
+    with agent.autocast():
+        _, post, _ = agent.model_loss(batch)
+    assert {x.dtype for x in post} == {torch.float32}
+    policy = agent.policy(3, explore=False)
+    images = np.zeros((3, 64, 64, 3), np.uint8)
+    actions = [policy(images) for _ in range(2)]
+    assert actions[0].dtype == np.float32 and (actions[0] != actions[1]).any()
+    frames = agent.dream(batch["image"], batch["action"])
+    assert frames.dtype == torch.float32 and frames.isfinite().all()
+
+
+def test_half_precision_does_not_round_a_value(make_agent):
+    """bfloat16 has no number between 100 and 100.5."""
+    agent = make_agent(precision="bf16")
+    nn.init.constant_(agent.value.net[-1].bias, 100.25)
+    with agent.autocast():
+        value = agent.value(torch.zeros(2, 3, 20)).mean
+    torch.testing.assert_close(value, torch.full((2, 3), 100.25))
 
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), "float16"), ((8, 0), "bfloat16")])
@@ -361,11 +381,15 @@ def test_state_holds_every_network_and_optimizer(make_agent, make_batch):
         assert torch.equal(a, b)
 
 
+def loss_scalers(**options):
+    return {name: torch.amp.GradScaler("cpu", **options) for name in NETWORKS}
+
+
 def test_undo_takes_back_in_place_what_steps_changed(make_agent, make_batch):
     """What a capture needs: its first steps must not count, and every tensor must stay."""
     agent = make_agent()
     batch = make_batch(agent.config)
-    agent.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    agent.scalers = loss_scalers(init_scale=2.0**10)
     for steps in (0, 2):  # before Adam has any state, and after
         for _ in range(steps):
             agent.update(batch)
@@ -382,7 +406,7 @@ def test_undo_takes_back_in_place_what_steps_changed(make_agent, make_batch):
                 old = before["optimizers"][name]["state"].get(i)
                 for key, value in state.items():
                     assert torch.equal(value, old[key] if old else torch.zeros_like(value))
-        assert after["scaler"] == before["scaler"]
+        assert after["scalers"] == before["scalers"]
         assert [p.data_ptr() for p in agent.parameters()] == places
 
 
@@ -393,32 +417,39 @@ def test_after_a_step_that_failed_halfway_undo_leaves_an_agent_that_trains(
     """A capture may fail before anything was scaled, or when a gradient is already unscaled."""
     agent = make_agent()
     batch = make_batch(agent.config)
-    agent.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    agent.scalers = loss_scalers(init_scale=2.0**10)
     undo = agent._undo()
     with monkeypatch.context() as patch:
         patch.setattr(agent, broken, None)
         with pytest.raises(TypeError):
             agent.update(batch)
     undo()
-    assert agent.scaler.get_scale() == 2.0**10
+    assert {s.get_scale() for s in agent.scalers.values()} == {2.0**10}
     before = [p.detach().clone() for p in agent.parameters()]
     agent.update(batch)
     assert not all(torch.equal(p, q) for p, q in zip(agent.parameters(), before))
 
 
-def test_an_overflow_is_counted_and_skips_the_step(make_agent, make_batch):
+def test_an_overflow_is_counted_and_skips_the_step_of_its_network(make_agent, make_batch):
     agent = make_agent()
     batch = make_batch(agent.config)
-    agent.scaler = torch.amp.GradScaler("cpu", init_scale=3e38, growth_interval=1)
-    before = [p.detach().clone() for p in agent.parameters()]
+    agent.scalers = loss_scalers(init_scale=2.0**4)
+    agent.scalers["world"] = loss_scalers(init_scale=3e38)["world"]
+    before = copy.deepcopy(agent.state_dict())
     metrics = agent.update(batch)
-    assert metrics["overflow/world"] == 1
-    assert all(torch.equal(p, q) for p, q in zip(agent.world.parameters(), before))
-    assert agent.scaler.get_scale() == pytest.approx(1.5e38)
-    agent.scaler.update(2.0**4)
-    metrics = agent.update(batch)
-    assert metrics["overflow/world"] == metrics["overflow/actor"] == 0
-    assert not torch.equal(next(agent.world.parameters()), before[0])
+    moved = {
+        name.split(".")[0] for name, p in agent.state_dict().items() if (p != before[name]).any()
+    }
+    assert moved == {"actor", "value"}
+    assert [metrics[f"overflow/{name}"] for name in NETWORKS] == [1, 0, 0]
+    scales = [agent.scalers[name].get_scale() for name in NETWORKS]
+    assert scales == pytest.approx([1.5e38, 2.0**4, 2.0**4])
+    agent.scalers["world"].update(2.0**4)
+    assert agent.update(batch)["overflow/world"] == 0
+    moved = {
+        name.split(".")[0] for name, p in agent.state_dict().items() if (p != before[name]).any()
+    }
+    assert moved == set(NETWORKS)
 
 
 def test_a_policy_starts_each_episode_from_nothing(make_agent):
@@ -467,7 +498,6 @@ def test_act_samples_with_noise_or_takes_the_mode(make_agent):
     torch.manual_seed(1)
     noisy, _ = agent.act(image, state, action, explore=True)
     assert not torch.equal(sampled, noisy) and noisy.abs().max() <= 1
-    agent.actor.mode = None
     torch.manual_seed(1)
     mode, after = agent.act(image, state, action, explore=False)
     torch.manual_seed(1)
@@ -482,15 +512,15 @@ def test_dream_sees_the_context_and_no_later_frame(make_agent):
     image = torch.randint(0, 256, (9, 2, 64, 64, 3), dtype=torch.uint8)
     action = torch.rand(9, 2, 2)
     torch.manual_seed(1)
-    frames, reward = agent.dream(image, action)
+    frames = agent.dream(image, action)
     image[5:] = 0
     torch.manual_seed(1)
-    again, _ = agent.dream(image, action)
-    assert frames.shape == (9, 2, 64, 64, 3) and reward.shape == (9, 2)
+    again = agent.dream(image, action)
+    assert frames.shape == (9, 2, 64, 64, 3)
     assert torch.equal(frames, again)
     action[7] += 0.5
     torch.manual_seed(1)
-    other, _ = agent.dream(image, action)
+    other = agent.dream(image, action)
     assert torch.equal(frames[:7], other[:7]) and not torch.equal(frames[7], other[7])
 
 

@@ -575,11 +575,13 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
-    def full(*_, **__):
+    def full(file, **_):
+        file.write(b"PK")
         raise OSError(28, "No space left on device", "episode.npz")
 
-    monkeypatch.setattr(dreamer.replay_buffer, "save_episode", full)
+    monkeypatch.setattr(np, "savez_compressed", full)
     error_line(capsys, train(tmp_path), "No space left on device")
+    assert not list((folder(tmp_path) / "episodes").iterdir())
 
 
 def test_a_disk_that_fills_under_a_checkpoint_keeps_the_last_one(tmp_path, capsys, monkeypatch):

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT_RUN, flags, folder, run, train
+from conftest import ROOT, SHORT_RUN, flags, folder, run, train
 
 import dreamer
 import utils
@@ -56,7 +58,8 @@ def test_captured_steps_equal_eager_steps(tiny_config, make_batch, precision, mo
     second = {key: value.flip(1) for key, value in first.items()}
     for agent in (captured, eager):
         if precision == "fp16":  # from the usual scale on the first steps overflow
-            agent.scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+            for name in agent.scalers:
+                agent.scalers[name] = torch.amp.GradScaler("cuda", init_scale=8.0)
         torch.cuda.manual_seed(2)
         agent.metrics = [
             {k: v.item() for k, v in agent.update(batch, number).items()}
@@ -85,7 +88,7 @@ def test_the_capture_itself_changes_nothing(tiny_config, make_batch):
 
 
 def test_a_state_loaded_after_the_capture_is_trained_on(tiny_config, make_batch):
-    captured, eager = pair(tiny_config)
+    captured, eager = pair(tiny_config, precision="fp32")  # in fp16 the first steps overflow
     batch = on_card(make_batch(captured.config))
     for agent in (captured, eager):
         agent.update(batch)
@@ -116,7 +119,7 @@ def test_a_replay_on_the_card_gives_the_batches_of_one_on_the_cpu():
 
 @pytest.mark.parametrize("explore", [True, False])
 def test_captured_acting_equals_eager_acting(tiny_config, explore):
-    captured, eager = pair(tiny_config, precision="fp32")
+    captured, eager = pair(tiny_config, precision="fp32", act_memory=3)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, 3, 64, 64, 3), np.uint8)  # beyond `act_memory`
     actions = []
@@ -130,28 +133,44 @@ def test_captured_acting_equals_eager_acting(tiny_config, explore):
     np.testing.assert_array_equal(again(images[0]), actions[0][0])
 
 
-def test_what_cannot_be_captured_runs_eagerly_with_a_warning(capsys):
-    x = torch.ones(3, device=CUDA)
+FAILS_TO_CAPTURE = """
+import torch, utils
+device = torch.device("cuda")
+x = torch.ones(3, device=device)
+def waits():
+    x.add_(torch.rand_like(x).ceil())  # a failed capture may leave the generator unusable
+    return x.sum().item()
+try:
+    function = utils.capture(waits, device, lambda: x.fill_(1))
+    print(function is waits, x.tolist(), function())
+except utils.RunError as error:
+    print(error)
+"""
 
-    def waits():
-        x.add_(torch.rand_like(x).ceil())  # a failed capture may leave the generator unusable
-        return x.sum().item()
 
-    function = utils.capture(waits, CUDA, lambda: x.fill_(1))
-    assert function is waits and x.tolist() == [1, 1, 1]
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert function() == 6
+def test_what_cannot_be_captured_runs_eagerly_with_a_warning():
+    """In a process of its own: before PyTorch 2.13 none can go on, and that is said."""
+    command = [sys.executable, "-c", FAILS_TO_CAPTURE]
+    result = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    out, err = result.stdout.strip(), result.stderr.strip().splitlines()
+    if "--eager" in out:
+        assert "CUDA capture failed" in out and len(out.splitlines()) == 1
+    else:
+        assert out == "True [1.0, 1.0, 1.0] 6.0"
+        assert len(err) == 1 and "going on without it" in err[0]
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 def test_a_run_trains_goes_on_and_evaluates(tmp_path, precision):
-    more = {"device": "cuda", "preset": "small", "precision": precision}
+    more = {"device": "cuda", "preset": "small", "precision": precision, "update_steps": 20}
     assert train(tmp_path, total_steps=160, **more) == 0
     words = flags(env=SHORT_RUN["env"], logdir=tmp_path, total_steps=240)
     assert run("--train", "--restore", *words) == 0
     rows = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").open()]
     assert rows[-1]["step"] == 240
-    assert all(np.isfinite(r["loss/world"]) for r in rows if "loss/world" in r)
+    trained = [r for r in rows if "loss/world" in r]
+    assert all(np.isfinite(r["loss/world"]) for r in trained)
+    assert trained[-1].get("overflow/world", 0) < 1  # in fp16 the first steps are skipped
     words = flags(env=SHORT_RUN["env"], logdir=tmp_path, eval_episodes=2)
     assert run("--evaluate", "--restore", *words) == 0
     assert run("--evaluate", "--restore", *words, "--device", "cpu", "--precision", "fp32") == 0

@@ -77,16 +77,18 @@ def test_mode_is_the_densest_of_its_samples():
 
 def test_surprise_is_minus_the_log_density_of_the_sample():
     policy = models.TanhNormal(torch.tensor([[0.3, -0.5]]), torch.tensor([[0.4, 0.2]]))
-    action, surprise = policy.rsample_with_surprise()
-    torch.testing.assert_close(surprise, -policy.log_prob(action), rtol=1e-4, atol=1e-4)
+    x = policy.rsample_before_tanh()
+    expected = -policy.log_prob(torch.tanh(x))
+    torch.testing.assert_close(policy.surprise(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_of_the_surprise_does_not_vanish_with_the_tanhs():
     """Of a sharp Normal at 5 the ln density is ln of the tanh's slope off a constant: slope -2."""
     mean = torch.full((1000, 1), 5.0, requires_grad=True)
-    action, surprise = models.TanhNormal(mean, torch.full_like(mean, 0.1)).rsample_with_surprise()
-    (through_tanh,) = torch.autograd.grad(action.sum(), mean, retain_graph=True)
-    (gradient,) = torch.autograd.grad(surprise.sum(), mean)
+    policy = models.TanhNormal(mean, torch.full_like(mean, 0.1))
+    x = policy.rsample_before_tanh()
+    (through_tanh,) = torch.autograd.grad(torch.tanh(x).sum(), mean, retain_graph=True)
+    (gradient,) = torch.autograd.grad(policy.surprise(x).sum(), mean)
     assert through_tanh.max() < 1e-3
     torch.testing.assert_close(gradient, torch.full_like(gradient, -2.0), rtol=0, atol=1e-3)
 
@@ -152,10 +154,13 @@ def test_first_transposed_convolution_is_a_matrix_product(memory_format):
 
 
 def test_images_become_channels_last_without_a_copy():
-    image = torch.randn(2, 64, 64, 3)
-    view = image.flatten(0, -4).permute(0, 3, 1, 2)
-    assert view.is_contiguous(memory_format=torch.channels_last)
-    assert view.data_ptr() == image.data_ptr()
+    image, seen = torch.randn(2, 3, 64, 64, 3), []
+    encoder = models.ConvEncoder(4)
+    encoder.net[0].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    encoder(image)
+    assert seen[0].shape == (6, 3, 64, 64)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].data_ptr() == image.data_ptr()
 
 
 def glorot(fan_in, fan_out):
