@@ -80,6 +80,7 @@ def flag(default, help, *aliases, **options):
 
 
 def number_or_none(text: str) -> float | None:
+    """A number, or None for the word."""
     return None if text.lower() == "none" else float(text)
 
 
@@ -90,7 +91,7 @@ class Config:
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
     algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2")
     exp: str = flag("default", "name of the experiment", "--exp-name")
-    seed: int = flag(1, "random seed")
+    seed: int = flag(1, "random seed", maximum=2**32 - 1)
     logdir: str = flag("runs", "where runs are kept")
     preset: str = flag(
         "auto", "sizes: full, small, or auto: full on CUDA, small on a CPU",
@@ -132,7 +133,9 @@ class Config:
     act_memory: int = flag(
         None, "N: acting knows only the last N + 1 to 2 N frames that it saw; 0: the whole episode"
     )
-    first_share: float = flag(None, "share of the sequences that begin where an episode does")
+    first_share: float = flag(
+        None, "share of the sequences that begin where an episode does", maximum=1
+    )
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
     stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
     hidden_size: int = flag(None, "hidden layers of the RSSM", minimum=1)
@@ -140,12 +143,13 @@ class Config:
     cnn_depth: int = flag(None, "channels of the first convolution", minimum=1)
     imagine_horizon: int = flag(None, "imagined steps", minimum=2)
 
-    discount: float = flag(0.99, "discount of a step of the agent", group="objective")
-    td_lambda: float = flag(0.95, "lambda of the returns")
+    discount: float = flag(0.99, "discount of a step of the agent", group="objective", maximum=1)
+    td_lambda: float = flag(0.95, "lambda of the returns", maximum=1)
     free_nats: float = flag(None, "KL in nats below which it is not reduced")
     kl_balance: float = flag(
-        None, "share of the KL that trains the prior; none: no balancing", type=number_or_none
-    )
+        None, "share of the KL that trains the prior; none: no balancing",
+        type=number_or_none, maximum=1,
+    )  # fmt: skip
     kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
     reward_scale: float = flag(None, "weight of the reward in the model's loss")
     actor_entropy: float = flag(None, "weight of the policy's entropy in the actor's loss")
@@ -207,7 +211,8 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
     names = defaults.keys() - {"logdir", "max_hours"}
     kept = {k: v for k, v in (saved or {}).items() if k in names}
     kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
-    given = {k: v for k, v in given.items() if v != "auto" or k not in kept}
+    if given.get("preset") == "auto" and "preset" in kept:
+        given = {k: v for k, v in given.items() if k != "preset"}
     differ = [
         f"--{name.replace('_', '-')} {value} (saved: {kept[name]})"
         for name, value in given.items()
@@ -230,17 +235,27 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
 
 
 def check(config: Config) -> None:
-    """Refuses settings that cannot work, before anything is written."""
+    """Refuses settings that cannot work, before anything is written.
+
+    Raises:
+        utils.RunError: naming the first.
+    """
     for f in fields(Config):
-        value, least = getattr(config, f.name), f.metadata.get("minimum", 0)
-        if isinstance(value, int | float) and not value >= least:
-            raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: at least {least}")
+        value = getattr(config, f.name)
+        least, most = f.metadata.get("minimum", 0), f.metadata.get("maximum", sys.maxsize)
+        if isinstance(value, int | float) and not least <= value <= most:
+            bound = f"at most {most}" if value > most else f"at least {least}"
+            raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: {bound}")
     if config.precision == "fp16" and pick_device(config.device).type == "cpu":
         raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
 
 
 def check_lengths(config: Config) -> None:
-    """Refuses to train on sequences that are longer than an episode."""
+    """Refuses to train on sequences that are longer than an episode.
+
+    Raises:
+        utils.RunError: they are.
+    """
     longest = math.ceil(config.time_limit / config.action_repeat) + 1
     if config.train_seq_len > longest:
         raise utils.RunError(
@@ -254,8 +269,9 @@ def check_lengths(config: Config) -> None:
 
 
 def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
-    """The KL term of the model's loss and the mean KL itself, in nats.
+    """The KL term of the model's loss and the mean KL itself, two scalars, in nats.
 
+    `post`, `prior`: states (T, B, ...), of which the Normals are compared.
     Without balance (v1 code): max(mean KL(post || prior), free nats): first the mean over all
     states, then the maximum. With it (v2, algorithm 2):
     α KL(sg(post) || prior) + (1 − α) KL(post || sg(prior)), each mean bounded below by the free
@@ -379,7 +395,7 @@ class Dreamer(nn.Module):
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
     def autocast(self):
-        """The context of every forward pass: half precision where it was chosen."""
+        """A context for forward passes, of half precision where that was chosen."""
         if self.half is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.half)
@@ -392,6 +408,7 @@ class Dreamer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.actor.net[0].weight.dtype
 
     @torch.no_grad()
@@ -442,7 +459,8 @@ class Dreamer(nn.Module):
     # ------------------------------------------------------------------ gradient step
 
     def model_loss(self, batch: dict):
-        """Loss of the world model on a batch (equation 10), its posterior, and metrics.
+        """Loss of the world model on a batch (T, B, ...) (equation 10), its posterior (T, B, ...),
+        and metrics.
 
         E[-ln p(image)] + reward-scale E[-ln p(reward)] + kl-scale KL
         (+ coefficient E[-ln p(continuation)]).
@@ -495,7 +513,8 @@ class Dreamer(nn.Module):
         return torch.stack(features[1:]), surprise, metrics
 
     def behaviour_losses(self, post: State):
-        """Losses of the actor and of the value in imagination from every posterior, and metrics.
+        """Losses of the actor and of the value in imagination from every posterior (T, B, ...),
+        and metrics.
 
         Both read the same pass of the value network: the gradient step takes from each loss only
         the gradients of the network that it trains, which is what stopping gradients amounts to.
@@ -864,7 +883,7 @@ class Trainer:
             "checkpoint": utils.Every(config.checkpoint_interval),
         }
         self.metrics = utils.MeanMetrics()
-        self.times = {"sample": 0.0, "update": 0.0}
+        self.times = []  # seconds of sampling and of updating, a gradient step
         self.sampler, self.ahead = ThreadPoolExecutor(1), (None, None)
         networks = self.agent.optimizers
         self.watched_names = [f"loss/{name}" for name in networks]
@@ -944,14 +963,12 @@ class Trainer:
         # note: reading them waits for the device, so CUDA is asked once in 25 steps
         if self.device.type == "cpu" or p.updates_left % 25 == 0:
             self.check_finite()
-        self.times["sample"] += sampled - start
-        self.times["update"] += time.monotonic() - sampled
+        self.times.append((sampled - start, time.monotonic() - sampled))
         if not p.updates_left:
-            n = self.metrics.count
-            values = self.metrics.pop()
-            values["time/sample_ms"] = 1000 * self.times["sample"] / n
-            values["time/update_ms"] = 1000 * self.times["update"] / n
-            self.times = dict.fromkeys(self.times, 0.0)
+            sample, update = 1000 * np.mean(self.times, 0)
+            times = {"time/sample_ms": float(sample), "time/update_ms": float(update)}
+            values = {**self.metrics.pop(), **times}
+            self.times = []
             self.logger.scalars(p.step, values)
             names = ("image", "reward", "actor", "value")
             self.text = "  ".join(f"{name} {values['loss/' + name]:.4g}" for name in names)
@@ -1296,6 +1313,13 @@ def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
     saved = read_config(folder)
+    parts = ("checkpoints/*.pt", "episodes/*.npz", "metrics.jsonl")
+    found = [path for part in parts for path in folder.glob(part)]
+    if found and not saved:
+        raise utils.RunError(
+            f"{folder} holds {found[0].name} but no config.json: put that back, or --exp NAME "
+            "starts another run"
+        )
     if saved and not modes.get("restore"):
         raise utils.RunError(
             f"the run {folder} exists: --restore goes on with it, --exp NAME starts another"
@@ -1361,6 +1385,7 @@ def write_evaluation(agent, config: Config, step: int, path: Path, episodes: lis
             {"seed": e["seed"], "return": e["return"], "length": len(e["reward"]) - 1}
             for e in episodes
         ],
+        "config": asdict(config),
     }
     utils.write_json(folder / f"evaluation-{step}.json", result)
     dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)
@@ -1378,6 +1403,9 @@ def benchmark_command(modes: dict, given: dict) -> None:
     """--benchmark: how fast each part of a run is here, and how long the run would take."""
     config = resolve(given)
     check_lengths(config)
+    path = Path(modes["json"]) if "json" in modes else None
+    if path and not path.parent.is_dir():  # before minutes of work
+        raise utils.RunError(f"--json {path}: no folder {path.parent}")
     with tempfile.TemporaryDirectory() as scratch, utils.StopSignal() as stop:
         folder = Path(scratch)
         (folder / "episodes").mkdir()
@@ -1389,21 +1417,25 @@ def benchmark_command(modes: dict, given: dict) -> None:
             trainer.close()
     for name, value in result.items():
         print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
-    if "json" in modes:
-        utils.write_json(Path(modes["json"]), {**result, "config": asdict(config)})
+    if path:
+        utils.write_json(path, {**result, "config": asdict(config)})
 
 
 def benchmark(trainer: Trainer) -> dict:
     """Times the methods that training calls, medians of several; and what they add up to."""
     c, agent, p = trainer.config, trainer.agent, trainer.progress
     clock = utils.Stopwatch(trainer.device)
-    random_seconds = clock.median(trainer.collect, 1)  # before `seed_steps`: random actions
+
+    def collect_from(step: int):
+        p.step = step
+        trainer.collect()
+
+    random_seconds = clock.median(lambda: collect_from(0), 3)  # before `seed_steps`
     frames = p.step
-    suite = env_wrapper.play_with_the_suites_renderer
-    suite_seconds = clock.median(lambda: suite(c.env, frames, c.action_repeat), 1)
-    p.step = max(p.step, c.seed_steps)
-    collect_seconds = clock.median(trainer.collect, 3)
-    agent_steps = math.ceil(frames / c.action_repeat)
+    suite_seconds = clock.median(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
+    collect_seconds = clock.median(lambda: collect_from(c.seed_steps), 3)
+    policy, image = agent.policy(1, explore=True), np.zeros((1, 64, 64, 3), np.uint8)
+    acting_seconds = clock.median(lambda: policy(image), 20)
     batch = trainer.batch(0)
     sample_seconds = clock.median(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
@@ -1429,7 +1461,7 @@ def benchmark(trainer: Trainer) -> dict:
         "environment frames/s": frames / random_seconds,
         "times the suite's own": suite_seconds / random_seconds,
         "collecting frames/s": frames / collect_seconds,
-        "acting ms": 1000 * (collect_seconds - random_seconds) / agent_steps,
+        "acting ms": 1000 * acting_seconds,
         "sampling ms": 1000 * sample_seconds,
         "gradient step ms": 1000 * update_seconds,
         "gradient step GFLOP": counter.get_total_flops() / 1e9,
@@ -1484,10 +1516,12 @@ def command(argv: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        command(argv)
     except utils.Stopped as stopped:
-        print(f"stopped by {stopped}; what was saved goes on with --restore")
+        hint = "; --train --restore goes on" if "--train" in argv else ""
+        print(f"stopped by {stopped}{hint}")
         return stopped.code
     except KeyboardInterrupt:
         return 130

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import ClassVar
 
 import gymnasium as gym
@@ -236,19 +237,25 @@ def make_env(task, seed=None, action_repeat=2, time_limit=1000, render_mode=None
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
-def play_with_the_suites_renderer(task: str, frames: int, action_repeat: int) -> None:
-    """Random actions and pictures without this module's environment, to compare its speed with."""
+def suites_own(task: str, frames: int, action_repeat: int) -> Callable[[], None]:
+    """Plays random actions without this module's environment, to compare its speed with.
+
+    For so many frames; an action is held for `action_repeat` of them, and a picture follows.
+    """
     domain, name = parse_task(task)
     env = _suite().load(domain, name)
     spec, rng = env.action_spec(), np.random.default_rng(0)
     low, high = np.maximum(spec.minimum, -1), np.minimum(spec.maximum, 1)
-    env.reset()
-    for frame in range(0, frames, action_repeat):
-        action = rng.uniform(low, high)
-        for _ in range(min(action_repeat, frames - frame)):
-            env.step(action)
-        env.physics.render(SIZE, SIZE, camera_id=0)
-    env.close()
+
+    def play():
+        env.reset()
+        for frame in range(0, frames, action_repeat):
+            action = rng.uniform(low, high)
+            for _ in range(min(action_repeat, frames - frame)):
+                env.step(action)
+            env.physics.render(SIZE, SIZE, camera_id=0)
+
+    return play
 
 
 def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:

@@ -109,7 +109,9 @@ def test_evaluate_a_given_checkpoint_under_another_name(finished, tmp_path):
     code = run(*words, "--evaluate", "--restore", "--checkpoint_path", path, "--eval_episodes=1")
     assert code == 0
     written = folder(tmp_path, exp="eval") / f"evaluation-{path.stem}.json"
-    assert json.loads(written.read_text())["checkpoint"] == str(path)
+    result = json.loads(written.read_text())
+    assert result["checkpoint"] == str(path)
+    assert (result["config"]["exp"], result["config"]["eval_episodes"]) == ("eval", 1)
 
 
 def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
@@ -119,13 +121,15 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     out, result = capsys.readouterr().out, json.loads(path.read_text())
     for name, value in result.items():
         assert name == "config" or name in out
-        assert not isinstance(value, float) or value > 0 or name == "acting ms"
+        assert not isinstance(value, float) or value > 0
     assert result["hours for --total-steps"] < 1
     assert result["share of matrix product"] == pytest.approx(
         result["gradient step GFLOP/s"] / result["matrix product GFLOP/s"]
     )
     assert not (tmp_path / "runs").exists()
     error_line(capsys, run("--train", "--json", path), "--benchmark")
+    nowhere = tmp_path / "none" / "benchmark.json"
+    error_line(capsys, run("--benchmark", "--json", nowhere), "--json", str(nowhere.parent))
 
 
 def test_a_run_that_was_extended_equals_one_that_was_never_stopped(finished, tmp_path):
@@ -452,11 +456,15 @@ BAD_VALUES = {
     "buffer_gb": -1, "batch_size": 0, "train_seq_len": 1, "seed_steps": 0, "time_limit": 0,
     "discount": "nan", "device": "mps", "model_learning_rate": -1,
 }  # fmt: skip
+TOO_LARGE = {
+    "seed": 2**32, "buffer_gb": "inf", "discount": 1.1, "td_lambda": 3, "kl_balance": 7,
+    "first_share": 5, "model_learning_rate": "inf",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_VALUES)
-def test_a_value_that_cannot_work(tmp_path, capsys, name):
-    code = train(tmp_path, **{name: BAD_VALUES[name]})
+@pytest.mark.parametrize("name, value", [*BAD_VALUES.items(), *TOO_LARGE.items()])
+def test_a_value_that_cannot_work(tmp_path, capsys, name, value):
+    code = train(tmp_path, **{name: value})
     error_line(capsys, code, "--" + name.replace("_", "-"))
     assert not any(tmp_path.iterdir())
 
@@ -485,7 +493,9 @@ def test_settings_saved_by_another_version():
 
 def test_a_given_auto_contradicts_nothing():
     saved = dataclasses.asdict(dreamer.resolve({"preset": "full", "device": "cpu"}))
-    assert dreamer.resolve({"preset": "auto", "device": "auto"}, saved).preset == "full"
+    saved = {**saved, "precision": "fp32"}
+    config = dreamer.resolve({"preset": "auto", "device": "auto", "precision": "auto"}, saved)
+    assert (config.preset, config.device, config.precision) == ("full", "auto", "auto")
 
 
 def test_damaged_settings(finished, tmp_path, capsys):
@@ -504,6 +514,37 @@ def test_a_restore_that_fails_leaves_the_settings_alone(finished, capsys):
 
 def test_run_that_exists(finished, capsys):
     error_line(capsys, train(finished), "--restore", "--exp")
+
+
+@pytest.mark.parametrize("part", ["checkpoints/240.pt", "episodes/a.npz", "metrics.jsonl"])
+def test_a_run_that_has_lost_its_settings_is_left_alone(tmp_path, capsys, part):
+    path = folder(tmp_path) / part
+    path.parent.mkdir(parents=True)
+    path.write_text("work of hours")
+    for words in ([], ["--restore"]):
+        error_line(capsys, train(tmp_path, *words), path.name, "config.json", "--exp")
+    assert path.read_text() == "work of hours"
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def test_times_of_an_iteration_that_was_stopped_are_of_the_steps_after_it(tmp_path, monkeypatch):
+    update, done = dreamer.Dreamer.update, []
+
+    def slow(self, batch, number):
+        done.append(number)
+        if number == 8:
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        return update(self, batch, number)
+
+    monkeypatch.setattr(dreamer.Dreamer, "update", slow)
+    assert train(tmp_path, pretrain_steps=10, total_steps=120) == 128 + signal.SIGTERM
+    assert done == list(range(9))
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    assert run("--train", "--restore", *words) == 0
+    rows = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").open()]
+    (time_ms,) = [row["time/update_ms"] for row in rows if "time/update_ms" in row]
+    assert time_ms >= 50
 
 
 def test_restore_of_no_run(tmp_path, capsys):
@@ -696,7 +737,7 @@ def test_a_signal_ends_a_real_process_and_the_run_goes_on(tmp_path, number):
     process.send_signal(number)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + number, out
-    assert "goes on with --restore" in out
+    assert "--train --restore goes on" in out
     assert utils.checkpoints(folder(tmp_path) / "checkpoints")
     step = last_state(folder(tmp_path))["progress"]["step"]
     words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=step + 40)
@@ -712,8 +753,9 @@ def test_the_plain_script_says_what_is_wrong_without_a_traceback():
     assert "Traceback" not in result.stderr and "nonsense-task" in result.stderr
 
 
-def test_max_hours_stops_cleanly(tmp_path):
-    assert train(tmp_path, max_hours=1e-6) == 0
+@pytest.mark.parametrize("hours", [1e-6, 0])
+def test_max_hours_stops_cleanly(tmp_path, hours):
+    assert train(tmp_path, max_hours=hours) == 0
     words = flags(env="cartpole-balance", logdir=tmp_path)
     assert run("--train", "--restore", *words) == 0
     assert rows(folder(tmp_path))[-1]["step"] == 240
