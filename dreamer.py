@@ -759,12 +759,13 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     recorder, frames = Recorder(frame, len(env.action_space.low)), 0
     policy = agent.policy(1, explore=True) if agent else None
     try:
-        while not recorder.over:
-            stop.check()
-            action = policy(frame[None])[0] if policy else env.action_space.sample()
-            frame, *outcome, info = env.step(action)
-            recorder.add(action, frame, *outcome)
-            frames += info["frames"]
+        with utils.one_thread():
+            while not recorder.over:
+                stop.check()
+                action = policy(frame[None])[0] if policy else env.action_space.sample()
+                frame, *outcome, info = env.step(action)
+                recorder.add(action, frame, *outcome)
+                frames += info["frames"]
     except utils.Stopped:
         utils.set_random_state(before)
         raise

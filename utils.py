@@ -507,6 +507,21 @@ def tune_process() -> None:
         mallopt(mmap_max, 0)  # every block comes from it
 
 
+@contextmanager
+def one_thread():
+    """Inside, PyTorch computes with one thread.
+
+    For much small work between other work: threads of PyTorch that wait for more keep their cores
+    busy, which slows what else would run there, as software rendering does.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory that was in use, in 10^9 bytes: of the device, or of this process."""
     if device.type == "cuda":

@@ -103,6 +103,29 @@ def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
     assert np.array_equal(np.stack(seen), episode["image"][1:])
 
 
+def test_episodes_are_collected_with_one_thread_and_the_rest_has_all(tmp_path, monkeypatch):
+    seen = {"step": set(), "update": set()}
+
+    def note(owner, name):
+        method = getattr(owner, name)
+
+        def noting(*arguments):
+            seen[name].add(torch.get_num_threads())
+            return method(*arguments)
+
+        monkeypatch.setattr(owner, name, noting)
+
+    note(dreamer.env_wrapper.ControlSuite, "step")
+    note(dreamer.Dreamer, "update")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert train(tmp_path, total_steps=120, eval_interval=0, max_hours=1) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen["update"] == {2} and 1 in seen["step"]
+
+
 def test_evaluate_a_given_checkpoint_under_another_name(finished, tmp_path):
     path = utils.checkpoints(folder(finished) / "checkpoints")[0]
     words = flags(env="cartpole_balance", algo="dreamerv1", exp="eval", logdir=tmp_path)

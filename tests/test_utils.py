@@ -758,6 +758,18 @@ def test_floats_become_bytes():
     np.testing.assert_array_equal(utils.to_uint8(np.arange(256) / 255), np.arange(256))
 
 
+def test_one_thread_inside_and_as_many_as_before_outside():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), utils.one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_free_memory_is_a_number_of_gigabytes():
     assert 0 < utils.free_memory_gb(torch.device("cpu")) < 1e5
 
