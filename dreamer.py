@@ -125,8 +125,9 @@ class Config:
     time_limit: int = flag(1000, "frames of an episode", minimum=1)
     action_noise: float = flag(0.3, "std of the noise added to collected actions")
     buffer_gb: float = flag(
-        None, "memory of the replay, in 10^9 bytes (0.6 of what is free)", minimum=0.001
-    )
+        None, "memory of the replay, in 10^9 bytes (0.6 of what is free)",
+        minimum=0.001, maximum=1e6,
+    )  # fmt: skip
 
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
@@ -156,12 +157,12 @@ class Config:
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
-    model_learning_rate: float = flag(None, "of the world model")
+    model_learning_rate: float = flag(None, "of the world model", maximum=1)
     model_rate_decay: int = flag(
         None, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
     )
-    actor_learning_rate: float = flag(None, "of the actor")
-    value_learning_rate: float = flag(None, "of the value")
+    actor_learning_rate: float = flag(None, "of the actor", maximum=1)
+    value_learning_rate: float = flag(None, "of the value", maximum=1)
     adam_epsilon: float = flag(1e-7, "of the three optimizers")
     grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped")
 
@@ -211,8 +212,7 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
     names = defaults.keys() - {"logdir", "max_hours"}
     kept = {k: v for k, v in (saved or {}).items() if k in names}
     kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
-    if given.get("preset") == "auto" and "preset" in kept:
-        given = {k: v for k, v in given.items() if k != "preset"}
+    given = {k: v for k, v in given.items() if (k, v) != ("preset", "auto") or k not in kept}
     differ = [
         f"--{name.replace('_', '-')} {value} (saved: {kept[name]})"
         for name, value in given.items()
@@ -242,7 +242,7 @@ def check(config: Config) -> None:
     """
     for f in fields(Config):
         value = getattr(config, f.name)
-        least, most = f.metadata.get("minimum", 0), f.metadata.get("maximum", sys.maxsize)
+        least, most = f.metadata.get("minimum", 0), f.metadata.get("maximum", math.inf)
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: {bound}")
@@ -1316,16 +1316,16 @@ def train_command(modes: dict, given: dict) -> None:
     saved = read_config(folder)
     parts = ("checkpoints/*.pt", "episodes/*.npz", "metrics.jsonl")
     found = [path for part in parts for path in folder.glob(part)]
-    if found and not saved:
+    if found and saved is None:
         raise utils.RunError(
             f"{folder} holds {found[0].name} but no config.json: put that back, or --exp NAME "
             "starts another run"
         )
-    if saved and not modes.get("restore"):
+    if saved is not None and not modes.get("restore"):
         raise utils.RunError(
             f"the run {folder} exists: --restore goes on with it, --exp NAME starts another"
         )
-    if modes.get("restore") and not saved:
+    if modes.get("restore") and saved is None:
         raise utils.RunError(f"no run to restore at {folder}")
     config = resolve(given, saved)
     check_lengths(config)
@@ -1436,7 +1436,8 @@ def benchmark(trainer: Trainer) -> dict:
     suite_seconds = clock.median(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
     collect_seconds = clock.median(lambda: collect_from(c.seed_steps), 3)
     policy, image = agent.policy(1, explore=True), np.zeros((1, 64, 64, 3), np.uint8)
-    acting_seconds = clock.median(lambda: policy(image), 20)
+    with utils.one_thread():
+        acting_seconds = clock.median(lambda: policy(image), 20)
     batch = trainer.batch(0)
     sample_seconds = clock.median(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached

@@ -238,9 +238,9 @@ def make_env(task, seed=None, action_repeat=2, time_limit=1000, render_mode=None
 
 
 def suites_own(task: str, frames: int, action_repeat: int) -> Callable[[], None]:
-    """Plays random actions without this module's environment, to compare its speed with.
+    """A function that plays random actions without this module's environment, to compare speeds.
 
-    For so many frames; an action is held for `action_repeat` of them, and a picture follows.
+    It plays so many frames; an action is held for `action_repeat` of them, and a picture follows.
     """
     domain, name = parse_task(task)
     env = _suite().load(domain, name)

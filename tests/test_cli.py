@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -512,6 +513,13 @@ def test_settings_saved_by_another_version():
     assert (config.act_memory, config.first_share) == (0, 0)
     without = dreamer.resolve({"algo": "Dreamerv2", "kl_balance": None})
     assert dreamer.resolve({}, dataclasses.asdict(without)).kl_balance is None
+
+
+def test_what_is_endless_or_unbounded_is_allowed():
+    given = {"grad_clip_norm": math.inf, "max_hours": math.inf, "device": "cpu"}
+    assert dreamer.resolve(given).grad_clip_norm == math.inf
+    saved = json.loads(json.dumps(dataclasses.asdict(dreamer.resolve(given))))
+    assert dreamer.resolve({}, saved).grad_clip_norm == math.inf
 
 
 def test_a_given_auto_contradicts_nothing():
