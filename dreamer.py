@@ -507,7 +507,7 @@ class Dreamer(nn.Module):
         with torch.no_grad():
             metrics = {
                 "entropy/policy": surprise.mean(),
-                "policy/saturated": (torch.tanh(x).abs() > 0.99).to(self.dtype).mean(),
+                "policy/saturated": (x.abs() > math.atanh(0.99)).to(self.dtype).mean(),
                 "policy/std": std.mean(),
             }
         return torch.stack(features[1:]), surprise, metrics

@@ -293,6 +293,13 @@ def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batc
     assert {x.dtype for x in post} == {torch.float32}
     policy = agent.policy(3, explore=False)
     images = np.zeros((3, 64, 64, 3), np.uint8)
+    action, _ = agent.act(
+        torch.zeros(1, 64, 64, 3, dtype=torch.uint8),
+        agent.world.rssm.initial(1),
+        torch.zeros(1, 2),
+        explore=False,
+    )
+    assert action.dtype == torch.float32
     states = []
     for _ in range(2):
         torch.manual_seed(0)

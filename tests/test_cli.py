@@ -646,6 +646,34 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
         train(tmp_path)
 
 
+@pytest.fixture
+def episode():
+    shapes = {"image": (3, 64, 64, 3), "action": (3, 2), "reward": 3, "discount": 3}
+    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+
+def test_episodes_are_saved_under_names_of_their_own_and_nothing_else_is_left(tmp_path, episode):
+    trainer = SimpleNamespace(folder=tmp_path, names=[])
+    (tmp_path / "episodes").mkdir()
+    for _ in range(5):
+        dreamer.Trainer.save_episode(trainer, episode)
+    assert sorted(os.listdir(tmp_path / "episodes")) == sorted(trainer.names)
+    assert len(set(trainer.names)) == 5
+
+
+def test_an_episode_that_cannot_be_written_leaves_nothing(tmp_path, episode, monkeypatch):
+    def full_disk(file, **arrays):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    trainer = SimpleNamespace(folder=tmp_path, names=[])
+    (tmp_path / "episodes").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        dreamer.Trainer.save_episode(trainer, episode)
+    assert os.listdir(tmp_path / "episodes") == [] and trainer.names == []
+
+
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     def full(file, **_):
         file.write(b"PK")

@@ -526,7 +526,7 @@ def test_gigabytes_are_those_of_the_rows_in_use():
     assert ReplayBuffer.rows_for(replay.gigabytes * (1 + 1e-9), actions=2) == 45
 
 
-@pytest.mark.parametrize("episodes", [100, 1000])
+@pytest.mark.parametrize("episodes", [10, 100, 1000])
 def test_sampling_takes_as_long_from_many_episodes_as_from_few(episodes):
     def seconds(n):
         replay = filled(n * 21, *(toy_episode(1, 21) for _ in range(n)))
