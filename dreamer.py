@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,7 @@ class Config:
     batch_size: int = flag(None, "sequences in a batch", group="sizes", minimum=1)
     train_seq_len: int = flag(None, "steps of a sequence", minimum=2)
     act_memory: int = flag(
-        None, "N: acting knows only the last N + 1 to 2 N frames that it saw; 0: the whole episode"
+        None, "N: acting knows only its last N + 1 to 2 N observations; 0: the whole episode"
     )
     first_share: float = flag(
         None, "share of the sequences that begin where an episode does", maximum=1
@@ -246,6 +247,8 @@ def check(config: Config) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: {bound}")
+    if config.exp == ".." or Path(config.exp).name != config.exp or not config.exp:
+        raise utils.RunError(f"--exp {config.exp!r}: a name, not a path")
     if config.precision == "fp16" and pick_device(config.device).type == "cpu":
         raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
 
@@ -256,12 +259,17 @@ def check_lengths(config: Config) -> None:
     Raises:
         utils.RunError: they are.
     """
-    longest = math.ceil(config.time_limit / config.action_repeat) + 1
-    if config.train_seq_len > longest:
+    if config.train_seq_len > longest_episode(config):
         raise utils.RunError(
             f"--train-seq-len {config.train_seq_len}: an episode of --time-limit "
-            f"{config.time_limit} and --action-repeat {config.action_repeat} has {longest} rows"
+            f"{config.time_limit} and --action-repeat {config.action_repeat} has "
+            f"{longest_episode(config)} rows"
         )
+
+
+def longest_episode(config: Config) -> int:
+    """Rows of an episode that lasts to the time limit: one more than it has actions."""
+    return math.ceil(config.time_limit / config.action_repeat) + 1
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -690,7 +698,7 @@ class Policy:
     The world model is trained on states of `train_seq_len` steps at most, and one that is older
     may be unlike any of these. With `act_memory` M a second state of each environment begins at
     zero every M steps and then takes the place of the first, so that the one that acts has seen
-    the last M + 1 to 2 M frames.
+    the last M + 1 to 2 M images.
     """
 
     def __init__(self, agent: Dreamer, n: int, explore: bool):
@@ -898,13 +906,16 @@ class Trainer:
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
         c = self.config
-        # As much as the run can fill: an episode has one row more than it has actions, and the
-        # last iteration may run past the run's end.
+        # As much as the run can fill: the last iteration may run past the run's end.
         frames = max(c.total_steps, c.seed_steps) + c.collect_steps
         episodes = math.ceil(frames / c.time_limit) + 1
-        needed = episodes * (math.ceil(c.time_limit / c.action_repeat) + 1)
         rows_for = replay_buffer.ReplayBuffer.rows_for
-        rows = min(needed, rows_for(c.buffer_gb, actions))
+        rows = min(episodes * longest_episode(c), rows_for(c.buffer_gb, actions))
+        if rows < longest_episode(c):
+            raise utils.RunError(
+                f"--buffer-gb {c.buffer_gb}: room for {rows} rows, and an episode has up to "
+                f"{longest_episode(c)}"
+            )
         # On the card where half of what is free there is enough: the rest is for training.
         fits = rows <= rows_for(utils.free_memory_gb(self.device) / 2, actions)
         return replay_buffer.ReplayBuffer(rows, actions, self.device if fits else "cpu")
@@ -1189,7 +1200,9 @@ def load_agent(agent: Dreamer, state: dict) -> None:
     try:
         agent.load_state(state["agent"])
     except (KeyError, RuntimeError) as error:
-        raise utils.RunError(f"the checkpoint does not fit these networks: {error}") from error
+        # PyTorch names every tensor that does not fit, a line each.
+        reason = textwrap.shorten(str(error), 200)
+        raise utils.RunError(f"the checkpoint does not fit these networks: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1283,9 +1296,12 @@ def read_config(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
         raise utils.RunError(f"{path} is damaged: {error}") from error
+    if not isinstance(saved, dict) or not {"env", "algo"} <= saved.keys():
+        raise utils.RunError(f"{path} is damaged: it does not hold the settings of a run")
+    return saved
 
 
 def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None]:
@@ -1448,11 +1464,12 @@ def benchmark(trainer: Trainer) -> dict:
     matmul = utils.matmul_flops(trainer.device, agent.half)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = clock.median(trainer.play, 1)
-    iterations = max(0, c.total_steps - c.seed_steps) / c.collect_steps
-    evaluations = c.total_steps // c.eval_interval if c.eval_interval else 1
+    iterations = math.ceil(max(0, c.total_steps - c.seed_steps) / c.collect_steps)
+    updates = c.pretrain_steps + (iterations - 1) * c.update_steps if iterations else 0
+    evaluations = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
     total = (
         c.seed_steps / frames * random_seconds
-        + iterations * c.update_steps * update_seconds
+        + updates * update_seconds
         + iterations * c.collect_steps / frames * collect_seconds
         + evaluations * evaluation_seconds
     )
@@ -1494,7 +1511,7 @@ USER_ERRORS = (
 )
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.ENOTCONN, errno.EMFILE,
 }  # fmt: skip
 
 

@@ -47,10 +47,15 @@ def load_episode(path: Path, actions: int) -> dict:
     """Reads and checks an episode of a task with `actions` action dimensions.
 
     Raises:
-        DamagedEpisode: cut short, empty, foreign, of another shape or type, or pickled.
+        DamagedEpisode: absent, cut short, empty, foreign, of another shape or type, or pickled.
+        OSError: the machine cannot read it; that is no fault of the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        data = io.BytesIO(path.read_bytes())
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedEpisode(error.strerror) from error
+    try:
+        with zipfile.ZipFile(data) as archive:
             # Whole members, so that their checksums are compared; `np.load` may read too little.
             members = {key: io.BytesIO(archive.read(f"{key}.npy")) for key in KEYS}
         read = np.lib.format.read_array

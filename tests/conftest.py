@@ -1,5 +1,6 @@
 """Shared by the tests: the modules on the path, and settings small enough to run in seconds."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,16 @@ SHORT_RUN = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
 
 
 def mutations(data: bytes, n: int):

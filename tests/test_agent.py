@@ -1,7 +1,10 @@
 """The agent and its gradient step: who learns from what, precision, devices, a solved toy."""
 
 import copy
+import math
+from itertools import pairwise
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamer
+import utils
 from models import State
 
 CPU = torch.device("cpu")
@@ -56,9 +60,10 @@ def test_behaviour_reaches_no_posterior(make_agent, make_batch):
         assert all(g is None for g in found)
 
 
-def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch):
+@pytest.mark.parametrize("use_disc_model", [False, True])
+def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch, use_disc_model):
     """The value's pass is shared with the actor's; written out apart it must be the same."""
-    agent = make_agent(discount=0.9)
+    agent = make_agent(discount=0.9, use_disc_model=use_disc_model)
     _, post, _ = agent.model_loss(make_batch(agent.config))
     captured = {}
     imagine = agent.imagine
@@ -76,8 +81,10 @@ def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch
     value = agent.value(feature[:-1])
     reward, values = agent.world["reward"](feature).mean, agent.value(feature).mean
     discount = torch.full_like(reward, 0.9)
+    if use_disc_model:  # the head has learned discount times continuation
+        discount = agent.world["discount"](feature).mean
     target = dreamer.lambda_return(reward, values, discount, 0.95).detach()
-    weight = torch.tensor([0.9**k for k in range(len(target))])[:, None]
+    weight = torch.stack([discount[:k].prod(0) for k in range(len(target))]).detach()
     loss = -(weight * value.log_prob(target)).mean()
     torch.testing.assert_close(losses["value"], loss)
     for a, e in zip(actual, torch.autograd.grad(loss, weights)):
@@ -179,7 +186,22 @@ def test_continuation_is_trained_on_discount_times_gamma(make_agent, make_batch)
 
 def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
     agent = make_agent(use_disc_model=True, algo="Dreamerv2", kl_scale=0.5, reward_scale=30)
-    loss, _, metrics = agent.model_loss(make_batch(agent.config))
+    batch, world = make_batch(agent.config), agent.world
+    torch.manual_seed(3)
+    loss, _, metrics = agent.model_loss(batch)
+    torch.manual_seed(3)
+    image = batch["image"].float() / 255 - 0.5
+    state = world.rssm.initial(agent.config.batch_size)
+    post, prior = world.rssm.observe(world.encoder(image), batch["action"], state)
+    error = (world.decoder(post.feature).mean - image).square().flatten(2).sum(-1).mean()
+    expected = 0.5 * error + 64 * 64 * 3 / 2 * math.log(2 * math.pi)
+    torch.testing.assert_close(metrics["loss/image"], expected)
+    error = (world.reward(post.feature).mean - batch["reward"]).square().mean()
+    expected = 0.5 * error + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(metrics["loss/reward"], expected)
+    normals = (torch.distributions.Normal(x.mean, x.std) for x in (post, prior))
+    expected = torch.distributions.kl_divergence(*normals).sum(-1).mean()
+    torch.testing.assert_close(metrics["kl"], expected)
     terms = metrics["loss/image"] + 30 * metrics["loss/reward"] + 0.5 * metrics["kl"]
     torch.testing.assert_close(loss, terms + 10 * metrics["loss/continuation"])
 
@@ -369,8 +391,41 @@ def test_the_models_rate_falls_with_the_gradient_steps_and_no_other(make_agent, 
         moved[number] = {n: (p - before[n]).abs().max().item() for n, p in agent.named_parameters()}
     for name in ("world.rssm.cell.weight_hh", "world.decoder.net.6.weight"):
         assert moved[100][name] / moved[0][name] == pytest.approx(0.5, rel=0.01)
-    for name in ("actor.net.0.weight", "value.net.0.weight"):
-        assert moved[100][name] / moved[0][name] == pytest.approx(1, rel=0.01)
+    rates = {"actor": agent.config.actor_learning_rate, "value": agent.config.value_learning_rate}
+    for name, rate in rates.items():
+        for number in (0, 100):
+            assert moved[number][f"{name}.net.0.weight"] == pytest.approx(rate, rel=0.01)
+
+
+def test_every_gradient_is_clipped_to_the_norm(make_agent, make_batch):
+    agent = make_agent(grad_clip_norm=1e-3)
+    metrics = agent.gradients(make_batch(agent.config))
+    for name in NETWORKS:
+        norm = torch.stack([p.grad.norm() for p in getattr(agent, name).parameters()]).norm()
+        assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+        assert metrics[f"grad_norm/{name}"] > 1e-2  # before clipping
+
+
+def test_the_networks_are_those_of_the_paper():
+    config = dreamer.resolve({"preset": "full", "device": "cpu", "use_disc_model": True})
+    agent = dreamer.Dreamer(config, 3, CPU)
+    heads = {
+        "reward": (agent.world.reward.net, 2, 1), "discount": (agent.world.discount.net, 3, 1),
+        "actor": (agent.actor.net, 4, 2 * 3), "value": (agent.value.net, 3, 1),
+    }  # fmt: skip
+    for name, (net, layers, outputs) in heads.items():
+        linear = [(m.in_features, m.out_features) for m in net[::2]]
+        sizes = [230, *[400] * layers, outputs]
+        assert linear == list(pairwise(sizes)), name
+        assert {type(m) for m in net[1::2]} == {nn.ELU}, name
+    assert agent.world.encoder.embed_size == 1024
+    assert {p.device.type for p in agent.parameters()} == {"cpu"}
+    for name, p in agent.named_parameters():  # as Keras starts them
+        assert ("bias" not in name) or not p.any(), name
+    recurrent = agent.world.rssm.cell.weight_hh
+    torch.testing.assert_close(recurrent.T @ recurrent, torch.eye(200), atol=1e-4, rtol=0)
+    assert all(o.param_groups[0]["eps"] == 1e-7 for o in agent.optimizers.values())
+    assert agent.pixels(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-0.5, 0.5]
 
 
 def test_without_a_decay_the_models_rate_is_constant(make_agent):
@@ -508,14 +563,84 @@ def test_act_samples_with_noise_or_takes_the_mode(make_agent):
     agent.config.action_noise = 0.3
     torch.manual_seed(1)
     noisy, _ = agent.act(image, state, action, explore=True)
-    assert not torch.equal(sampled, noisy) and noisy.abs().max() <= 1
     torch.manual_seed(1)
     mode, after = agent.act(image, state, action, explore=False)
-    torch.manual_seed(1)
     embed = agent.world["encoder"](agent.pixels(image))
+    torch.manual_seed(1)
     expected = agent.world["rssm"].obs_step(state, action, embed)
     torch.testing.assert_close(after.stoch, expected.stoch)
     torch.testing.assert_close(mode, agent.actor(expected.feature).mode())
+    torch.manual_seed(1)
+    state = agent.world["rssm"].obs_step(state, action, embed)
+    torch.testing.assert_close(sampled, agent.actor(state.feature).rsample())
+    torch.testing.assert_close(noisy, (sampled + 0.3 * torch.randn(3, 2)).clamp(-1, 1))
+
+
+class Clock(gymnasium.Env):
+    """Its frames and rewards tell the time; after `length` steps it ends, by itself or not."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+
+    def __init__(self, length, terminates):
+        self.length, self.terminates, self.taken = length, terminates, []
+
+    def _frame(self):
+        return np.full((64, 64, 3), self.time, np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        self.time, self.seed = 0, seed
+        return self._frame(), {}
+
+    def step(self, action):
+        self.time += 1
+        self.taken.append(np.array(action))
+        ends = (
+            self.time == self.length and kind for kind in (self.terminates, not self.terminates)
+        )
+        return self._frame(), 10.0 * self.time, *ends, {"frames": 2}
+
+
+@pytest.mark.parametrize("terminates", [False, True])
+def test_row_t_holds_a_frame_and_the_action_and_the_reward_that_led_to_it(terminates):
+    env = Clock(3, terminates)
+    with utils.StopSignal() as stop:
+        episode, frames = dreamer.collect_episode(env, None, 7, stop)
+    assert (frames, env.seed) == (6, 7)
+    assert_rows(episode, env, terminates)
+
+
+def assert_rows(episode, env, terminates):
+    n = env.length
+    assert episode["image"][:, 0, 0, 0].tolist() == list(range(n + 1))
+    assert not episode["action"][0].any()
+    np.testing.assert_array_equal(episode["action"][1:], np.stack(env.taken[:n]))
+    assert episode["reward"].tolist() == [10.0 * t for t in range(n + 1)]
+    assert episode["discount"].tolist() == [1.0] * n + [0.0 if terminates else 1.0]
+
+
+def test_an_evaluated_episode_ends_where_it_ends_and_others_go_on(make_agent):
+    agent = make_agent()
+    envs = gymnasium.vector.SyncVectorEnv([lambda: Clock(3, True), lambda: Clock(9, False)])
+    with utils.StopSignal() as stop:
+        episodes = dreamer.evaluate(agent, agent.config, envs, stop)
+    for episode, env in zip(episodes, envs.envs):
+        assert_rows(episode, env, env.terminates)
+        assert episode["return"] == episode["reward"].sum()
+
+
+def test_a_dream_shows_truth_prediction_and_error(make_agent):
+    agent = make_agent()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 9, 64, 64, 3), np.uint8)
+    episodes = [{"image": x, "action": np.zeros((9, 2), np.float32)} for x in image]
+    agent.dream = lambda image, action: 1 - image / 255
+    video = dreamer.dream_video(agent, episodes, length=7)
+    assert video.shape == (7, 3 * 64, 2 * 64, 3)
+    for i, x in enumerate(image[:, :7]):
+        truth, model, error = np.split(video[:, :, 64 * i : 64 * (i + 1)], 3, 1)
+        assert (truth == x).all() and (model == 255 - x).all()
+        assert np.abs(error - (255.0 - x)).max() <= 1  # (model - truth + 1) / 2
 
 
 def test_dream_sees_the_context_and_no_later_frame(make_agent):

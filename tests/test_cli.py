@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from conftest import ROOT, SHORT_RUN, flags, folder, run, train
 from kill_run import differences, plain
 
 import dreamer
+import env_wrapper
 import utils
 
 
@@ -34,6 +37,10 @@ def without_times(path) -> list[dict]:
 
 def last_state(path) -> dict:
     return utils.load_checkpoint(utils.checkpoints(path / "checkpoints")[-1])
+
+
+def checkpoint_steps(logdir) -> list[int]:
+    return [int(p.stem) for p in utils.checkpoints(folder(logdir) / "checkpoints")]
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -64,7 +71,9 @@ def test_every_scalar_of_the_glossary_is_written(finished):
     }  # fmt: skip
 
 
-def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys):
+def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypatch):
+    film, filmed = dreamer.film, []
+    monkeypatch.setattr(dreamer, "film", lambda c, e: (filmed.append(e["return"]), film(c, e))[1])
     finished = shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     words = ["--evaluate", "--restore", *flags(env="cartpole-balance", logdir=finished)]
     assert run(*words, "--eval-episodes", 3) == 0
@@ -73,6 +82,7 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys):
     result = json.loads((folder(finished) / "evaluation-240.json").read_text())
     returns = [e["return"] for e in result["episodes"]]
     assert result["return_mean"] == pytest.approx(np.mean(returns))
+    assert filmed == [max(returns), min(returns)] and len(set(returns)) == 3
     for name, size in (("best", 256), ("worst", 256)):
         gif = imageio.imread(folder(finished) / "videos" / f"evaluation-240-{name}.gif", index=None)
         assert gif.shape[1:] == (size, size, 3) and len(gif) > 5
@@ -100,8 +110,9 @@ def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
         return result
 
     monkeypatch.setattr(dreamer.env_wrapper.ControlSuite, "step", spy)
-    dreamer.film(config, episode)
+    frames, fps = dreamer.film(config, episode)
     assert np.array_equal(np.stack(seen), episode["image"][1:])
+    assert (frames.shape, fps) == ((11, 256, 256, 3), 25)  # every second of the 50 a second
 
 
 def test_episodes_are_collected_with_one_thread_and_the_rest_has_all(tmp_path, monkeypatch):
@@ -127,6 +138,26 @@ def test_episodes_are_collected_with_one_thread_and_the_rest_has_all(tmp_path, m
     assert seen["update"] == {2} and 1 in seen["step"]
 
 
+def test_random_actions_until_seed_steps_then_the_policy_explores_and_is_evaluated_without(
+    tmp_path, monkeypatch
+):
+    policy, sample, who = dreamer.Dreamer.policy, gym.spaces.Box.sample, []
+
+    def noted_policy(self, n, explore):
+        who.append((n, explore))
+        return policy(self, n, explore)
+
+    def noted_sample(self, *words):
+        who.append("random")
+        return sample(self, *words)
+
+    monkeypatch.setattr(dreamer.Dreamer, "policy", noted_policy)
+    monkeypatch.setattr(gym.spaces.Box, "sample", noted_sample)
+    assert train(tmp_path) == 0
+    episode, evaluation = (1, True), (2, False)
+    assert who == ["random"] * 40 + [episode, evaluation, *[episode] * 3, evaluation]
+
+
 def test_evaluate_a_given_checkpoint_under_another_name(finished, tmp_path):
     path = utils.checkpoints(folder(finished) / "checkpoints")[0]
     words = flags(env="cartpole_balance", algo="dreamerv1", exp="eval", logdir=tmp_path)
@@ -146,7 +177,9 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     for name, value in result.items():
         assert name == "config" or name in out
         assert not isinstance(value, float) or value > 0
-    assert result["hours for --total-steps"] < 1
+    hours = 80 / result["environment frames/s"] + 160 / result["collecting frames/s"]
+    hours += (4 + 3 * 3) * result["gradient step ms"] / 1000 + 2 * result["evaluation s"]
+    assert result["hours for --total-steps"] == pytest.approx(hours / 3600)
     assert result["share of matrix product"] == pytest.approx(
         result["gradient step GFLOP/s"] / result["matrix product GFLOP/s"]
     )
@@ -154,6 +187,13 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     error_line(capsys, run("--train", "--json", path), "--benchmark")
     nowhere = tmp_path / "none" / "benchmark.json"
     error_line(capsys, run("--benchmark", "--json", nowhere), "--json", str(nowhere.parent))
+
+
+def test_a_run_without_evaluations_and_videos_learns_the_same(finished, tmp_path):
+    assert train(tmp_path, eval_interval=0, video_interval=0) == 0
+    one, two = last_state(folder(finished)), last_state(folder(tmp_path))
+    for key in ("agent", "random"):
+        assert plain(one[key]) == plain(two[key])
 
 
 def test_a_run_that_was_extended_equals_one_that_was_never_stopped(finished, tmp_path):
@@ -293,13 +333,19 @@ def test_a_stop_leaves_the_checkpoint_of_the_best_evaluation_as_it_was(tmp_path,
     assert plain(last_state(folder(tmp_path / "b"))["agent"]) == plain(best["agent"])
 
 
-def test_going_on_from_an_older_checkpoint_forgets_what_came_later(finished, tmp_path):
+def test_going_on_from_an_older_checkpoint_forgets_what_came_later(finished, tmp_path, monkeypatch):
     assert train(tmp_path, checkpoint_interval=40) == 0
     path = folder(tmp_path)
     older = utils.checkpoints(path / "checkpoints")[-2]
     assert int(older.stem) < 240
     words = flags(env="cartpole-balance", logdir=tmp_path, checkpoint_path=older)
-    assert run("--train", "--restore", *words) == 0
+    episodes = utils.load_checkpoint(older)["episodes"]
+    with monkeypatch.context() as patch:  # stopped as soon as the replay is filled again
+        interrupt(patch, len(episodes) + 1, utils.Stopped("SIGTERM", 143))
+        assert run("--train", "--restore", *words) == 143
+    assert max(checkpoint_steps(tmp_path)) == int(older.stem)
+    assert {p.name for p in (path / "episodes").iterdir()} == set(episodes)
+    assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
     assert plain(last_state(folder(finished))["agent"]) == plain(last_state(path)["agent"])
     assert without_times(folder(finished)) == without_times(path)
 
@@ -370,7 +416,18 @@ def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
     assert train(tmp_path, action_repeat=action_repeat, video_interval=0, **due) == 0
     steps = [r["step"] for r in rows(folder(tmp_path)) if "eval/return_mean" in r]
     assert steps == [80, 160, 240]
-    assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) == 3
+    assert checkpoint_steps(tmp_path) == steps
+
+
+@pytest.mark.parametrize("interval, kept", [(70, {80, 160, 240}), (40, {80, 160, 200, 240})])
+def test_the_newest_three_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch, interval, kept):
+    returns = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(dreamer.Trainer, "play", lambda self: [{"return": next(returns)}])
+    due = {"eval_interval": 70, "checkpoint_interval": interval, "video_interval": 0}
+    assert train(tmp_path, **due) == 0
+    assert set(checkpoint_steps(tmp_path)) == kept
+    progress = last_state(folder(tmp_path))["progress"]
+    assert (progress["best_step"], progress["best_return"]) == (80, 3.0)
 
 
 def test_every_flag_is_read():
@@ -409,6 +466,20 @@ def test_the_full_preset_has_the_papers_values():
     )  # fmt: skip
     assert (c.model_rate_decay, c.kl_scale, c.reward_scale) == (0, 1.0, 1.0)
     assert (c.actor_entropy, c.first_share) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "choice, cores, parallel",
+    [("sync", 2, False), ("async", 1, True), ("auto", 1, False), ("auto", 2, True)],
+)
+def test_an_evaluation_is_in_processes_where_there_are_cores(
+    tiny_config, monkeypatch, choice, cores, parallel
+):
+    monkeypatch.setattr(utils, "cores", lambda: cores)
+    monkeypatch.setattr(env_wrapper, "make_vector_env", lambda *arguments: arguments)
+    config = tiny_config(vector_env=choice, env="cup-catch", seed=3, time_limit=50)
+    expected = (10, parallel, "cup-catch", 3, 2, 50)
+    assert dreamer.make_evaluation_envs(config) == expected
 
 
 @pytest.mark.parametrize("frames, gigabytes", [(100_000, 0.65), (1_000_000, 6.3)])
@@ -478,7 +549,7 @@ def test_no_mode_or_two(capsys, words):
 BAD_VALUES = {
     "action_repeat": 0, "imagine_horizon": 1, "actor_init_std": 0, "seed": -1, "eval_episodes": 0,
     "buffer_gb": -1, "batch_size": 0, "train_seq_len": 1, "seed_steps": 0, "time_limit": 0,
-    "discount": "nan", "device": "mps", "model_learning_rate": -1,
+    "discount": "nan", "device": "mps", "model_learning_rate": -1, "exp": "",
 }  # fmt: skip
 TOO_LARGE = {
     "seed": 2**32, "buffer_gb": "inf", "discount": 1.1, "td_lambda": 3, "kl_balance": 7,
@@ -486,10 +557,29 @@ TOO_LARGE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", [*BAD_VALUES.items(), *TOO_LARGE.items()])
+NO_NAMES = [("exp", name) for name in ("..", ".", "a/b", "/tmp")]
+
+
+@pytest.mark.parametrize("name, value", [*BAD_VALUES.items(), *TOO_LARGE.items(), *NO_NAMES])
 def test_a_value_that_cannot_work(tmp_path, capsys, name, value):
     code = train(tmp_path, **{name: value})
     error_line(capsys, code, "--" + name.replace("_", "-"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_replay_that_holds_no_episode_is_refused_before_there_is_a_run(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, buffer_gb=0.001, time_limit=200), "--buffer-gb 0.001", "101")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+
+
+def test_a_machine_that_cannot_render_says_so_in_two_lines(tmp_path, capsys, monkeypatch):
+    def none():
+        raise env_wrapper.NoRenderer(env_wrapper._NO_RENDERER)
+
+    monkeypatch.setattr(env_wrapper, "choose_gl", none)
+    assert train(tmp_path) == 2
+    error, way_out = capsys.readouterr().err.strip().splitlines()
+    assert "EGL" in error and "apt-get install" in way_out
     assert not any(tmp_path.iterdir())
 
 
@@ -515,6 +605,31 @@ def test_settings_saved_by_another_version():
     assert dreamer.resolve({}, dataclasses.asdict(without)).kl_balance is None
 
 
+def test_a_restore_may_change_what_the_readme_says_and_nothing_else():
+    saved = dataclasses.asdict(dreamer.resolve({"device": "auto"}))
+    others = {
+        "env": "cheetah-run", "algo": "Dreamerv2", "preset": "full", "device": "cpu",
+        "precision": "fp32", "vector_env": "sync", "max_hours": 2.0, "kl_balance": 0.5,
+    }  # fmt: skip
+    allowed = set()
+    for name, value in saved.items():
+        if isinstance(value, bool):
+            other = not value
+        elif isinstance(value, str) or value is None:
+            other = others.get(name, "other")
+        else:
+            other = value + 1 if isinstance(value, int) else value / 2
+        try:
+            assert vars(dreamer.resolve({name: other}, saved))[name] == other
+            allowed.add(name)
+        except utils.RunError as error:
+            assert "--" + name.replace("_", "-") in str(error)
+    assert allowed == {
+        "total_steps", "eval_interval", "checkpoint_interval", "video_interval", "eval_episodes",
+        "vector_env", "max_hours", "device", "precision", "eager", "logdir",
+    }  # fmt: skip
+
+
 def test_what_is_endless_or_unbounded_is_allowed():
     given = {"grad_clip_norm": math.inf, "max_hours": math.inf, "device": "cpu"}
     assert dreamer.resolve(given).grad_clip_norm == math.inf
@@ -530,10 +645,14 @@ def test_a_given_auto_contradicts_nothing():
 
 
 def test_damaged_settings(finished, tmp_path, capsys):
-    folder(tmp_path).mkdir(parents=True)
-    for content in ("{", "[1]", "3"):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for content in ("{", "[1]", "3", "{}", "[]", '""'):
         (folder(tmp_path) / "config.json").write_text(content)
-        error_line(capsys, train(tmp_path), "config.json")
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for words in ([], ["--restore"]):
+            error_line(capsys, train(tmp_path, *words), "config.json", "damaged")
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert after == before
 
 
 def test_a_restore_that_fails_leaves_the_settings_alone(finished, capsys):
@@ -604,6 +723,19 @@ def test_a_checkpoint_of_another_shape(finished, tmp_path, capsys):
     error_line(capsys, code, "action dimensions", "cartpole-balance")
 
 
+def test_a_checkpoint_of_other_sizes(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = utils.checkpoints(folder(tmp_path) / "checkpoints")[-1]
+    state = utils.load_checkpoint(path)
+    networks = state["agent"]["networks"]
+    state["agent"]["networks"] = {name: tensor[:1] for name, tensor in networks.items()}
+    utils.save_checkpoint(path, state)
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    for mode in ("--train", "--evaluate"):
+        line = error_line(capsys, run(mode, "--restore", *words), "does not fit", "size mismatch")
+        assert len(line) < 300
+
+
 def test_flags_that_contradict_the_saved_run(finished, capsys):
     words = flags(env="cartpole-balance", logdir=finished, batch_size=9, discount=0.5)
     line = error_line(capsys, run("--train", "--restore", *words))
@@ -646,34 +778,6 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
         train(tmp_path)
 
 
-@pytest.fixture
-def episode():
-    shapes = {"image": (3, 64, 64, 3), "action": (3, 2), "reward": 3, "discount": 3}
-    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-
-
-def test_episodes_are_saved_under_names_of_their_own_and_nothing_else_is_left(tmp_path, episode):
-    trainer = SimpleNamespace(folder=tmp_path, names=[])
-    (tmp_path / "episodes").mkdir()
-    for _ in range(5):
-        dreamer.Trainer.save_episode(trainer, episode)
-    assert sorted(os.listdir(tmp_path / "episodes")) == sorted(trainer.names)
-    assert len(set(trainer.names)) == 5
-
-
-def test_an_episode_that_cannot_be_written_leaves_nothing(tmp_path, episode, monkeypatch):
-    def full_disk(file, **arrays):
-        file.write(b"PK")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez_compressed", full_disk)
-    trainer = SimpleNamespace(folder=tmp_path, names=[])
-    (tmp_path / "episodes").mkdir()
-    with pytest.raises(OSError, match="No space left"):
-        dreamer.Trainer.save_episode(trainer, episode)
-    assert os.listdir(tmp_path / "episodes") == [] and trainer.names == []
-
-
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     def full(file, **_):
         file.write(b"PK")
@@ -699,6 +803,25 @@ def test_a_disk_that_fills_under_a_checkpoint_keeps_the_last_one(tmp_path, capsy
     monkeypatch.setattr(os, "fsync", sync)
     assert [p.name for p in (folder(tmp_path) / "checkpoints").iterdir()] == ["80.pt"]
     assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
+
+
+def test_an_episode_that_the_machine_cannot_read_stays_where_it_is(
+    finished, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.suffix == ".npz":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        error_line(capsys, run("--train", "--restore", *words), "Permission denied", ".npz")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):
@@ -813,8 +936,24 @@ def test_the_plain_script_says_what_is_wrong_without_a_traceback():
 
 
 @pytest.mark.parametrize("hours", [1e-6, 0])
-def test_max_hours_stops_cleanly(tmp_path, hours):
+def test_max_hours_stops_cleanly(tmp_path, capsys, hours):
     assert train(tmp_path, max_hours=hours) == 0
+    assert "stopped by --max-hours" in capsys.readouterr().out
+    assert last_state(folder(tmp_path))["progress"]["step"] == 0
     words = flags(env="cartpole-balance", logdir=tmp_path)
     assert run("--train", "--restore", *words) == 0
     assert rows(folder(tmp_path))[-1]["step"] == 240
+
+
+def test_max_hours_may_end_in_mid_iteration(tmp_path, monkeypatch):
+    update, clock, ahead = dreamer.Dreamer.update, time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+
+    def slow(self, batch, number):
+        ahead[0] = 4000 if number == 8 else 0
+        return update(self, batch, number)
+
+    monkeypatch.setattr(dreamer.Dreamer, "update", slow)
+    assert train(tmp_path, max_hours=1) == 0
+    progress = last_state(folder(tmp_path))["progress"]
+    assert (progress["updates"], progress["updates_left"]) == (9, 1)

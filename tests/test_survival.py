@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,8 +165,15 @@ def test_a_command_keeps_freed_memory_and_takes_denormals_as_zero(tmp_path):
 
 
 def test_evaluation_in_processes_finds_the_same(finished, tmp_path):
+    # That there are processes is shown below.
     assert train(tmp_path, vector_env="async") == 0
     assert differences(folder(finished), folder(tmp_path)) == []
+
+
+def members(process) -> int:
+    """Processes of its group, by Linux's /proc."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    return sum(int(stat.rpartition(")")[2].split()[2]) == process.pid for stat in stats)
 
 
 def group_is_alive(process) -> bool:
@@ -193,6 +201,8 @@ def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code
     while not (metrics.exists() and "eval/return_mean" in metrics.read_text()):
         assert time.monotonic() < deadline and process.poll() is None, "no evaluation came"
         time.sleep(0.1)
+    if os.path.isdir("/proc/self"):
+        assert members(process) > 2  # two workers at least
     if number == signal.SIGKILL:
         process.kill()
     else:
@@ -209,14 +219,16 @@ def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 def test_a_process_that_fails_ends_though_its_workers_were_not_closed():
     code = (
-        "import env_wrapper\n"
+        "import env_wrapper, multiprocessing\n"
         "envs = env_wrapper.make_vector_env(2, True, 'cartpole-balance')\n"
         "kept = envs.reset, envs\n"
+        "print(len(multiprocessing.active_children()), flush=True)\n"
         "raise SystemExit(7)"
     )
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
     assert process.wait(timeout=120) == 7
+    assert process.stdout.read() == b"2\n"
     deadline = time.monotonic() + 60
     while group_is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.1)

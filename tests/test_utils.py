@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import mutations
+from conftest import Payload, mutations
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -192,16 +192,6 @@ def test_no_mutated_checkpoint_is_more_than_damaged(tmp_path):
 def test_a_checkpoint_of_another_program_is_refused(state, tmp_path):
     torch.save(state, tmp_path / "5.pt")
     assert_no_checkpoint(tmp_path / "5.pt")
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 def write_zip(path, value):
