@@ -389,9 +389,14 @@ class Dreamer(nn.Module):
         self._batch, self._replay = None, None  # what the captured gradient step reads, and it
         self._policies = {}
         self.half = self._half_type()
-        # One each: the model's gradients overflow at scales where the actor's would underflow.
-        scales = {"enabled": self.half == torch.float16, "growth_interval": 200}
-        self.scalers = {name: torch.amp.GradScaler(device.type, **scales) for name in rates}
+        # One each: the model's gradients overflow at scales where the actor's would underflow, and
+        # from the usual 2^16 the model would miss its first steps while the actor learns in it.
+        options = {"enabled": self.half == torch.float16, "growth_interval": 200}
+        scales = {"world": 2.0**5, "actor": 2.0**16, "value": 2.0**16}
+        self.scalers = {
+            name: torch.amp.GradScaler(device.type, scale, **options)
+            for name, scale in scales.items()
+        }
 
     def _half_type(self) -> torch.dtype | None:
         choice = self.config.precision

@@ -1,6 +1,7 @@
 """The agent and its gradient step: who learns from what, precision, devices, a solved toy."""
 
 import copy
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamer
@@ -330,6 +332,27 @@ def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batc
     assert states[1].dtype == torch.float32 and (states[0] != states[1]).any()
     frames = agent.dream(batch["image"], batch["action"])
     assert frames.dtype == torch.float32 and frames.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gradients_in_half_precision_are_those_of_float32(make_batch, precision):
+    """Of every weight tensor, at the small preset's sizes; from the first scales none overflows."""
+    config = dreamer.resolve(
+        {"device": "cpu", "preset": "small", "algo": "Dreamerv2", "train_seq_len": 8,
+         "use_disc_model": True}
+    )  # fmt: skip
+    agents = []
+    for choice in ("fp32", precision):
+        config = dataclasses.replace(config, precision=choice)  # `resolve` refuses fp16 on a CPU
+        torch.manual_seed(0)
+        agent = dreamer.Dreamer(config, 2, CPU)
+        metrics = agent.gradients(make_batch(config))
+        agents.append(agent)
+    assert not any(value for name, value in metrics.items() if name.startswith("overflow/"))
+    assert [f"overflow/{name}" in metrics for name in NETWORKS] == [precision == "fp16"] * 3
+    for (name, p), q in zip(agents[0].named_parameters(), agents[1].parameters()):
+        assert cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.99, name
+        assert q.grad.norm().item() == pytest.approx(p.grad.norm().item(), rel=0.03), name
 
 
 def test_half_precision_does_not_round_a_value(make_agent):
