@@ -1469,14 +1469,16 @@ def benchmark(trainer: Trainer) -> dict:
     matmul = utils.matmul_flops(trainer.device, agent.half)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = clock.median(trainer.play, 1)
-    iterations = math.ceil(max(0, c.total_steps - c.seed_steps) / c.collect_steps)
+    # Whole episodes; at most one evaluation an iteration.
+    prefill, collected = math.ceil(c.seed_steps / frames), math.ceil(c.collect_steps / frames)
+    iterations = math.ceil(max(0, c.total_steps - prefill * frames) / (collected * frames))
     updates = c.pretrain_steps + (iterations - 1) * c.update_steps if iterations else 0
-    evaluations = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
+    due = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
     total = (
-        c.seed_steps / frames * random_seconds
+        prefill * random_seconds
         + updates * update_seconds
-        + iterations * c.collect_steps / frames * collect_seconds
-        + evaluations * evaluation_seconds
+        + iterations * collected * collect_seconds
+        + min(iterations + 1, due) * evaluation_seconds
     )
     return {
         "device": str(trainer.device),
