@@ -247,7 +247,7 @@ def check(config: Config) -> None:
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: {bound}")
-    if config.exp == ".." or Path(config.exp).name != config.exp or not config.exp:
+    if Path(config.exp).name != config.exp or config.exp in ("", ".."):
         raise utils.RunError(f"--exp {config.exp!r}: a name, not a path")
     if config.precision == "fp16" and pick_device(config.device).type == "cpu":
         raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
@@ -1469,17 +1469,8 @@ def benchmark(trainer: Trainer) -> dict:
     matmul = utils.matmul_flops(trainer.device, agent.half)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = clock.median(trainer.play, 1)
-    # Whole episodes; at most one evaluation an iteration.
-    prefill, collected = math.ceil(c.seed_steps / frames), math.ceil(c.collect_steps / frames)
-    iterations = math.ceil(max(0, c.total_steps - prefill * frames) / (collected * frames))
-    updates = c.pretrain_steps + (iterations - 1) * c.update_steps if iterations else 0
-    due = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
-    total = (
-        prefill * random_seconds
-        + updates * update_seconds
-        + iterations * collected * collect_seconds
-        + min(iterations + 1, due) * evaluation_seconds
-    )
+    work = work_of_run(c, frames)
+    seconds = random_seconds, update_seconds, collect_seconds, evaluation_seconds
     return {
         "device": str(trainer.device),
         "precision": str(agent.half or torch.float32),
@@ -1496,8 +1487,21 @@ def benchmark(trainer: Trainer) -> dict:
         "share of matrix product": counter.get_total_flops() / update_seconds / matmul,
         "evaluation s": evaluation_seconds,
         "peak memory GB": peak_memory,
-        "hours for --total-steps": total / 3600,
+        "hours for --total-steps": sum(n * each for n, each in zip(work, seconds)) / 3600,
     }
+
+
+def work_of_run(config: Config, frames: int) -> tuple[int, int, int, int]:
+    """Random episodes, gradient steps, episodes of the policy and evaluations of a whole run.
+
+    `frames`: of an episode. Episodes are whole, and an iteration has one evaluation at most.
+    """
+    c = config
+    prefill, collected = math.ceil(c.seed_steps / frames), math.ceil(c.collect_steps / frames)
+    iterations = math.ceil(max(0, c.total_steps - prefill * frames) / (collected * frames))
+    updates = c.pretrain_steps + (iterations - 1) * c.update_steps if iterations else 0
+    due = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
+    return prefill, updates, iterations * collected, min(iterations + 1, due)
 
 
 def describe(config: Config, folder: Path, trainer: Trainer) -> None:

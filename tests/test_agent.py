@@ -330,6 +330,8 @@ def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batc
         assert policy(images).dtype == np.float32
         states.append(policy.state.deter.clone())
     assert states[1].dtype == torch.float32 and (states[0] != states[1]).any()
+    actions = [policy(images) for _ in range(2)]
+    assert actions[0].dtype == np.float32 and (actions[0] != actions[1]).any()
     frames = agent.dream(batch["image"], batch["action"])
     assert frames.dtype == torch.float32 and frames.isfinite().all()
 
@@ -418,6 +420,8 @@ def test_the_models_rate_falls_with_the_gradient_steps_and_no_other(make_agent, 
     for name, rate in rates.items():
         for number in (0, 100):
             assert moved[number][f"{name}.net.0.weight"] == pytest.approx(rate, rel=0.01)
+        weight = f"{name}.net.0.weight"
+        assert moved[100][weight] / moved[0][weight] == pytest.approx(1, rel=0.01)
 
 
 def test_every_gradient_is_clipped_to_the_norm(make_agent, make_batch):
@@ -586,6 +590,7 @@ def test_act_samples_with_noise_or_takes_the_mode(make_agent):
     agent.config.action_noise = 0.3
     torch.manual_seed(1)
     noisy, _ = agent.act(image, state, action, explore=True)
+    assert not torch.equal(sampled, noisy) and noisy.abs().max() <= 1
     torch.manual_seed(1)
     mode, after = agent.act(image, state, action, explore=False)
     embed = agent.world["encoder"](agent.pixels(image))

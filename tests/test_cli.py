@@ -181,6 +181,7 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     hours = 80 / result["environment frames/s"] + 160 / result["collecting frames/s"]
     hours += (4 + 3 * 3) * result["gradient step ms"] / 1000 + 2 * result["evaluation s"]
     assert result["hours for --total-steps"] == pytest.approx(hours / 3600)
+    assert result["hours for --total-steps"] < 1
     assert result["share of matrix product"] == pytest.approx(
         result["gradient step GFLOP/s"] / result["matrix product GFLOP/s"]
     )
@@ -418,6 +419,7 @@ def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
     steps = [r["step"] for r in rows(folder(tmp_path)) if "eval/return_mean" in r]
     assert steps == [80, 160, 240]
     assert checkpoint_steps(tmp_path) == steps
+    assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) == 3
 
 
 @pytest.mark.parametrize("interval, kept", [(70, {80, 160, 240}), (40, {80, 160, 200, 240})])
@@ -467,6 +469,23 @@ def test_the_full_preset_has_the_papers_values():
     )  # fmt: skip
     assert (c.model_rate_decay, c.kl_scale, c.reward_scale) == (0, 1.0, 1.0)
     assert (c.actor_entropy, c.first_share) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "more, work",
+    [
+        ({}, (5, 95 * 100, 95, 10)),
+        ({"pretrain_steps": 7}, (5, 7 + 94 * 100, 95, 10)),
+        ({"collect_steps": 100}, (5, 95 * 100, 95, 10)),  # an episode is whole
+        ({"collect_steps": 2500}, (5, 32 * 100, 96, 10)),
+        ({"eval_interval": 100}, (5, 95 * 100, 95, 96)),
+        ({"eval_interval": 0}, (5, 95 * 100, 95, 1)),
+        ({"total_steps": 3000}, (5, 0, 0, 1)),
+    ],
+)
+def test_the_work_of_a_run_is_counted_in_whole_episodes(tiny_config, more, work):
+    config = tiny_config(**{"update_steps": 100, "pretrain_steps": 100, **more})
+    assert dreamer.work_of_run(config, frames=1000) == work
 
 
 @pytest.mark.parametrize(
