@@ -423,6 +423,7 @@ def capture(function, device: torch.device, undo=lambda: None):
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         gc.collect()  # a dead graph that is collected in mid-capture would invalidate it
+        cause = None
         try:
             side.wait_stream(main)
             with torch.cuda.stream(side), warnings.catch_warnings():
@@ -434,12 +435,16 @@ def capture(function, device: torch.device, undo=lambda: None):
             # Another thread may draw the next batch meanwhile. On the stream of the first calls,
             # so that graphs share no workspace of cuBLAS: one that goes would take it along.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                output = function()
+                try:
+                    output = function()
+                except RuntimeError as error:
+                    cause = error  # where a capture fails its end raises too, and says less
+                    raise
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            graph = None
+            reason = str(cause or error).splitlines()[0]
+            cause = graph = None
         finally:
             torch.cuda.set_stream(main)  # a capture that failed leaves its own in force
             torch.cuda.synchronize()

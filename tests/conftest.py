@@ -32,6 +32,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """What is not marked `cuda` sees no card, its fixtures and processes neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("cuda"):
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
+
+
 class Payload:
     """Makes a folder when it is unpickled."""
 

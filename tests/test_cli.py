@@ -771,7 +771,6 @@ def test_fp16_on_a_cpu(tmp_path, capsys):
     error_line(capsys, train(tmp_path, precision="fp16", device="cpu"), "CUDA")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has the device")
 def test_cuda_where_there_is_none(tmp_path, capsys):
     error_line(capsys, train(tmp_path, device="cuda"), "--device cpu")
 

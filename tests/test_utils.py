@@ -854,9 +854,17 @@ def no_card(monkeypatch):
     def nothing(*arguments, **named):
         yield
 
+    @contextlib.contextmanager
+    def graph(*arguments, **named):
+        try:
+            yield
+        finally:
+            if sys.exc_info()[0]:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
-        "device": nothing, "stream": nothing, "graph": nothing, "CUDAGraph": object,
+        "device": nothing, "stream": nothing, "graph": graph, "CUDAGraph": object,
         "Stream": lambda: stream, "current_stream": lambda: stream, "set_stream": nothing,
         "synchronize": nothing, "get_rng_state": nothing, "set_rng_state": nothing,
     }  # fmt: skip
