@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamer
 import utils
-from models import State
+from models import State, TanhNormal, UnitNormal
 
 CPU = torch.device("cpu")
 NETWORKS = ("world", "actor", "value")
@@ -206,6 +206,62 @@ def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
     torch.testing.assert_close(metrics["kl"], expected)
     terms = metrics["loss/image"] + 30 * metrics["loss/reward"] + 0.5 * metrics["kl"]
     torch.testing.assert_close(loss, terms + 10 * metrics["loss/continuation"])
+
+
+def test_the_free_nats_bound_the_loss_of_the_model(make_agent, make_batch):
+    agent = make_agent(free_nats=100.0, kl_scale=0.5)
+    loss, _, metrics = agent.model_loss(make_batch(agent.config))
+    assert metrics["kl"] < 100
+    torch.testing.assert_close(loss, metrics["loss/image"] + metrics["loss/reward"] + 0.5 * 100)
+
+
+def test_the_balance_is_the_share_of_the_kl_that_trains_the_prior(make_agent, make_batch):
+    gradients = []
+    for balance in (0.8, 0.2):
+        agent = make_agent(algo="Dreamerv2", kl_balance=balance)
+        torch.manual_seed(3)
+        agent.model_loss(make_batch(agent.config))[0].backward()
+        gradients.append(agent.world.rssm.img_out[-1].weight.grad)
+    torch.testing.assert_close(gradients[0], 4 * gradients[1], rtol=1e-3, atol=1e-7)
+
+
+def test_all_gradients_are_taken_at_the_old_weights(make_agent, make_batch):
+    agent, compared = make_agent(), []
+    before, backward = copy.deepcopy(agent.state_dict()), agent._backward
+
+    def spy(name, *arguments, **named):
+        backward(name, *arguments, **named)
+        compared.extend(torch.equal(before[k], v) for k, v in agent.state_dict().items())
+
+    agent._backward = spy
+    agent.update(make_batch(agent.config))
+    assert len(compared) == 3 * len(before) and all(compared)
+    assert not all(torch.equal(before[k], v) for k, v in agent.state_dict().items())
+
+
+def test_what_is_logged_of_imagination(make_agent, make_batch):
+    agent = make_agent(discount=0.9, td_lambda=0.5, imagine_horizon=3)
+    policy = TanhNormal(torch.tensor([3.0, 1.0]), torch.tensor([1e-4, 3e-4]))  # tanh 3 > 0.99
+    agent.actor.forward = lambda feature: TanhNormal(
+        policy.mean.expand(len(feature), 2), policy.std.expand(len(feature), 2)
+    )
+    agent.world.reward.forward = lambda feature: UnitNormal(torch.full(feature.shape[:-1], 3.0), 0)
+    agent.value.forward = lambda feature: UnitNormal(torch.full(feature.shape[:-1], 2.0), 0)
+    _, post, metrics = agent.model_loss(make_batch(agent.config))
+    normal = torch.distributions.Normal(post.mean, post.std)
+    torch.testing.assert_close(metrics["entropy/posterior"], normal.entropy().sum(-1).mean())
+    assert metrics["entropy/prior"] != metrics["entropy/posterior"]
+    _, metrics = agent.behaviour_losses(post)
+    x = torch.tensor([3.0, 1.0])  # ln of the density of the Normal, and of the tanh's slope
+    entropy = (torch.log(policy.std) + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    entropy = entropy + torch.log(1 - torch.tanh(x).square()).sum()
+    errors = [3 + 0.9 * 2 - 2, 3 + 0.9 * (0.5 * 2 + 0.5 * (3 + 0.9 * 2)) - 2]
+    expected = {
+        "policy/saturated": 0.5, "policy/std": 2e-4, "value/mean": 2.0, "reward/imagined": 3.0,
+        "value/error": sum(errors) / 2,
+    }  # fmt: skip
+    assert {k: metrics[k].item() for k in expected} == pytest.approx(expected)
+    assert metrics["entropy/policy"].item() == pytest.approx(entropy.item(), abs=0.2)
 
 
 def test_actor_gradient_against_finite_differences(tiny_config, make_batch):

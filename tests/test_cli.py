@@ -25,6 +25,7 @@ from kill_run import differences, plain
 import dreamer
 import env_wrapper
 import utils
+from replay_buffer import ReplayBuffer
 
 
 def rows(path) -> list[dict]:
@@ -71,6 +72,89 @@ def test_every_scalar_of_the_glossary_is_written(finished):
     }  # fmt: skip
 
 
+def test_what_is_logged_of_episodes_is_what_lies_on_disk(finished):
+    path = folder(finished)
+    logged = rows(path)
+    collected = [row for row in logged if "train/return" in row]
+    names = last_state(path)["episodes"]
+    assert len(collected) == len(names) == 6
+    for number, (row, name) in enumerate(zip(collected, names), 1):
+        reward = np.load(path / "episodes" / name)["reward"]
+        gigabytes = number * 21 * (64 * 64 * 3 + 4 * (1 + 2)) / 1e9
+        expected = {
+            "step": 40 * number, "train/return": reward.sum(), "train/length": 20,
+            "replay/episodes": number, "replay/gigabytes": gigabytes,
+        }  # fmt: skip
+        assert {k: row[k] for k in expected} == pytest.approx(expected)
+    assert [r["train/updates"] for r in logged if "train/updates" in r] == [0, 4, 7, 10, 13]
+    seconds = sum(40 / row["time/collect_fps"] for row in collected)
+    assert 0 < seconds < 3600 * logged[-1]["time/hours"]
+
+
+def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch, capsys):
+    episodes = [{"return": x} for x in (1.0, 2.0, 6.0)]
+    monkeypatch.setattr(dreamer.Trainer, "play", lambda self: episodes)
+    assert train(tmp_path, video_interval=0, eval_episodes=3) == 0
+    evaluated = [row for row in rows(folder(tmp_path)) if "eval/return_mean" in row]
+    std = math.sqrt(14 / 3)
+    expected = {"mean": 3, "std": std, "min": 1, "max": 6}
+    for row in evaluated:
+        logged = {name: row[f"eval/return_{name}"] for name in expected}
+        assert logged == pytest.approx(expected)
+    assert "evaluation 3.0 ± 2.2 (3 episodes, 1 to 6)" in capsys.readouterr().out
+
+
+def test_every_episode_has_a_start_of_its_own_and_evaluations_have_others(tmp_path, monkeypatch):
+    starts, reset = {}, env_wrapper.ControlSuite.reset
+
+    def spy(self, *, seed=None, **named):
+        if seed is not None:
+            starts.setdefault(self, []).append(seed)
+        return reset(self, seed=seed, **named)
+
+    monkeypatch.setattr(env_wrapper.ControlSuite, "reset", spy)
+    seen = []
+    for seed in (1, 2):
+        starts.clear()
+        assert train(tmp_path, seed=seed, video_interval=0) == 0
+        training, *evaluations = starts.values()
+        assert len(training) == 6 and len(evaluations) == 2
+        assert all(len(set(each)) == 1 and len(each) == 2 for each in evaluations)  # the same twice
+        seen += training + [each[0] for each in evaluations]
+        path = folder(tmp_path, seed=seed) / "episodes"
+        names = last_state(path.parent)["episodes"]
+        seen += [np.load(path / name)["action"].tobytes() for name in names]  # random ones first
+    assert len(set(seen)) == len(seen) == 2 * (6 + 2 + 6)
+
+
+def test_a_batch_is_named_by_the_seed_of_the_run_and_its_number(tiny_config):
+    replay = ReplayBuffer(60, 1)
+    reward = np.arange(60, dtype=np.float32)
+    frames = np.zeros((60, 64, 64, 3), np.uint8)
+    replay.add({"image": frames, "action": reward[:, None], "reward": reward, "discount": reward})
+
+    def batch(seed, number):
+        config = tiny_config(seed=seed)
+        run = SimpleNamespace(config=config, replay=replay, device=torch.device("cpu"))
+        return dreamer.Trainer.batch(run, number)["reward"]
+
+    assert torch.equal(batch(1, 0), batch(1, 0))
+    assert not torch.equal(batch(1, 0), batch(1, 1)) and not torch.equal(batch(1, 0), batch(2, 0))
+
+
+def test_a_seed_gives_its_first_weights(tmp_path, monkeypatch):
+    weights = []
+
+    def run_nothing(trainer):
+        weights.append(plain(trainer.agent.state()))
+        trainer.env.close()
+
+    monkeypatch.setattr(dreamer.Trainer, "run", run_nothing)
+    for seed, exp in ((1, "a"), (1, "b"), (2, "a")):
+        assert train(tmp_path, seed=seed, exp=exp) == 0
+    assert weights[0] == weights[1] != weights[2]
+
+
 def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypatch):
     film, filmed = dreamer.film, []
     monkeypatch.setattr(dreamer, "film", lambda c, e: (filmed.append(e["return"]), film(c, e))[1])
@@ -78,10 +162,13 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
     words = ["--evaluate", "--restore", *flags(env="cartpole-balance", logdir=finished)]
     assert run(*words, "--eval-episodes", 3) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"episode \d: return", out)) == 3 and "±" in out
+    printed = [float(x) for x in re.findall(r"episode \d: return (\S+)", out)]
     result = json.loads((folder(finished) / "evaluation-240.json").read_text())
     returns = [e["return"] for e in result["episodes"]]
+    assert printed == pytest.approx(returns, abs=0.05)
     assert result["return_mean"] == pytest.approx(np.mean(returns))
+    assert result["return_std"] == pytest.approx(np.std(returns)) != 0
+    assert f"at 240 frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}" in out
     assert filmed == [max(returns), min(returns)] and len(set(returns)) == 3
     for name, size in (("best", 256), ("worst", 256)):
         gif = imageio.imread(folder(finished) / "videos" / f"evaluation-240-{name}.gif", index=None)
