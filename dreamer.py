@@ -25,8 +25,9 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,11 +255,16 @@ def check(config: Config) -> None:
 
 
 def check_lengths(config: Config) -> None:
-    """Refuses to train on sequences that are longer than an episode.
+    """Refuses a training that has no gradient step, or sequences longer than an episode.
 
     Raises:
-        utils.RunError: they are.
+        utils.RunError: it has.
     """
+    if config.total_steps <= config.seed_steps:
+        raise utils.RunError(
+            f"--total-steps {config.total_steps}: training begins after --seed-steps "
+            f"{config.seed_steps}; raise the one or lower the other"
+        )
     if config.train_seq_len > longest_episode(config):
         raise utils.RunError(
             f"--train-seq-len {config.train_seq_len}: an episode of --time-limit "
@@ -457,7 +463,7 @@ class Dreamer(nn.Module):
         """Open-loop prediction: `context` frames are seen, the rest imagined from the actions.
 
         `image` (T, B, 64, 64, 3) uint8, `action` (T, B, A), rows as in the replay. Returns frames
-        (T, B, 64, 64, 3) in [0, 1], the first `context` reconstructed.
+        (T, B, 64, 64, 3), 0 black and 1 white but not bounded, the first `context` reconstructed.
         """
         rssm = self.world.rssm
         with self.autocast():
@@ -837,21 +843,27 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
     return utils.to_uint8(np.concatenate(list(rows.swapaxes(0, 1)), 2))
 
 
+def frames_to_show(env) -> tuple[int, float]:
+    """Of how many frames a GIF shows one, and how many of these a second: 30 at most."""
+    fps = env.unwrapped.metadata["render_fps"]
+    every = math.ceil(fps / 30)
+    return every, fps / every
+
+
 def film(config: Config, episode: dict) -> tuple[np.ndarray, float]:
     """An evaluated episode played again at a size for people: frames, and frames per second.
 
     The same seed and the same actions give the same episode, so only the episodes that are shown
-    need the large pictures. Of fast tasks every second or third frame is kept.
+    need the large pictures.
     """
     env = make_env(config, render_mode="rgb_array")
-    every = math.ceil(env.unwrapped.metadata["render_fps"] / 30)
+    every, fps = frames_to_show(env)
     env.reset(seed=episode["seed"])
     frames = [env.render()]
     for t, action in enumerate(episode["action"][1:], 1):
         env.step(action)
         if t % every == 0:
             frames.append(env.render())
-    fps = env.unwrapped.metadata["render_fps"] / every
     env.close()
     return np.stack(frames), fps
 
@@ -872,7 +884,7 @@ class Progress:
     last_return: float = math.nan
     best_return: float = -math.inf
     best_step: int = -1
-    seconds: float = 0.0  # of all processes of this run
+    seconds: float = 0.0  # of all processes of this run, up to the checkpoints that it went on from
 
 
 class Trainer:
@@ -929,7 +941,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains until `total_steps`; a signal or the time limit leaves an exact checkpoint."""
-        p, started = self.progress, time.monotonic() - self.progress.seconds
+        p = self.progress
         if self.every["evaluation"].last >= self.config.total_steps:
             print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
             return
@@ -943,10 +955,8 @@ class Trainer:
                 elif p.step < p.iteration_end:
                     self.collect()
                 else:
-                    p.seconds = time.monotonic() - started
                     finished = self.end_iteration()
         except utils.Stopped:
-            p.seconds = time.monotonic() - started
             # The checkpoint of the best evaluation keeps the weights that it was made with.
             if p.step != p.best_step:
                 self.save()
@@ -955,6 +965,7 @@ class Trainer:
             self.close()
 
     def open_logs(self) -> None:
+        self.started = time.monotonic() - self.progress.seconds
         self.logger = utils.Logger(self.folder, self.files)
         self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
 
@@ -1076,7 +1087,8 @@ class Trainer:
         p.updates_left = c.update_steps if p.iterations else c.pretrain_steps
         p.iterations += 1
         p.iteration_end = p.step + c.collect_steps
-        self.logger.scalars(p.step, {"time/hours": p.seconds / 3600, "train/updates": p.updates})
+        hours = (time.monotonic() - self.started) / 3600
+        self.logger.scalars(p.step, {"time/hours": hours, "train/updates": p.updates})
         if last or best or self.every["checkpoint"].due(p.step):
             self.every["checkpoint"].fired(p.step)
             self.save()
@@ -1109,8 +1121,8 @@ class Trainer:
         self.every["evaluation"].fired(p.step)
         if self.every["video"].due(p.step):
             self.every["video"].fired(p.step)
-            fps = self.env.unwrapped.metadata["render_fps"]
-            self.logger.video(p.step, "evaluation", episodes[0]["image"][:250], fps)
+            every, fps = frames_to_show(self.env)
+            self.logger.video(p.step, "evaluation", episodes[0]["image"][::every][:250], fps)
             self.logger.video(p.step, "open_loop", dream_video(self.agent, episodes[:4]), 10)
         if mean > p.best_return:
             p.best_return, p.best_step = mean, p.step
@@ -1130,6 +1142,7 @@ class Trainer:
         """Writes a checkpoint and removes those that are no longer kept."""
         self.check_finite()
         folder = self.folder / "checkpoints"
+        self.progress.seconds = time.monotonic() - self.started
         state = {
             "config": asdict(self.config),
             "actions": self.agent.actions,
@@ -1331,6 +1344,18 @@ def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None
     return None, None
 
 
+def went_on_after_an_evaluation(folder: Path) -> bool:
+    """Whether a run has got past the checkpoint that it writes with its first evaluation."""
+    path = folder / "metrics.jsonl"
+    steps = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):  # cut short, as a process was killed
+            row = json.loads(line)
+            if steps or "eval/return_mean" in row:
+                steps.append(row["step"])
+    return len(set(steps)) > 1
+
+
 def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
@@ -1342,11 +1367,11 @@ def train_command(modes: dict, given: dict) -> None:
             f"{folder} holds {found[0].name} but no config.json: put that back, or --exp NAME "
             "starts another run"
         )
-    if saved is not None and not modes.get("restore"):
+    if saved is not None and "restore" not in modes:
         raise utils.RunError(
             f"the run {folder} exists: --restore goes on with it, --exp NAME starts another"
         )
-    if modes.get("restore") and saved is None:
+    if "restore" in modes and saved is None:
         raise utils.RunError(f"no run to restore at {folder}")
     config = resolve(given, saved)
     check_lengths(config)
@@ -1359,6 +1384,10 @@ def train_command(modes: dict, given: dict) -> None:
         trainer = Trainer(config, folder, stop)
         describe(config, folder, trainer)
         path, state = find_checkpoint(modes, folder) if saved else (None, None)
+        if not path and went_on_after_an_evaluation(folder):
+            raise utils.RunError(
+                f"{folder} has lost its checkpoints: put one back, or --exp NAME starts another run"
+            )
         if path:
             if path.resolve().parent != (folder / "checkpoints").resolve():
                 raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
@@ -1372,30 +1401,35 @@ def train_command(modes: dict, given: dict) -> None:
 
 def evaluate_command(modes: dict, given: dict) -> None:
     """--evaluate --restore: returns, their JSON, GIFs of the best and worst episode, a dream."""
-    if not modes.get("restore"):
+    if "restore" not in modes:
         raise utils.RunError("--evaluate needs --restore: the newest checkpoint of the run")
     folder = run_folder(Config(**given))
     path, state = find_checkpoint(modes, folder)
     if path is None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
+    folder = run_folder(config)
+    foreign = any(state["config"][k] != getattr(config, k) for k in ("env", "algo", "exp", "seed"))
+    if foreign and (folder / "config.json").exists():
+        raise utils.RunError(
+            f"{path} is of another run than {folder}: --exp NAME keeps its evaluation apart"
+        )
     with utils.StopSignal(config.max_hours) as stop, closing(make_evaluation_envs(config)) as envs:
         actions = envs.single_action_space.shape[0]
         agent = Dreamer(config, actions, pick_device(config.device))
         load_agent(agent, state)
         episodes = evaluate(agent, config, envs, stop)
-    for number, episode in enumerate(episodes, 1):
-        print(f"episode {number}: return {episode['return']:.1f}")
-    step, returns = state["progress"]["step"], [e["return"] for e in episodes]
-    print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
-    write_evaluation(agent, config, step, path, episodes)
+    write_evaluation(agent, config, state["progress"]["step"], path, episodes)
 
 
 def write_evaluation(agent, config: Config, step: int, path: Path, episodes: list[dict]) -> None:
-    """JSON of the returns; GIFs of the best and the worst episode and of a dream."""
+    """Prints the returns; writes their JSON, GIFs of the best and the worst episode, a dream."""
     folder = run_folder(config)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     returns = [e["return"] for e in episodes]
+    for number, each in enumerate(returns, 1):
+        print(f"episode {number}: return {each:.1f}")
+    print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
     result = {
         "checkpoint": str(path),
         "env": config.env,
@@ -1446,29 +1480,29 @@ def benchmark_command(modes: dict, given: dict) -> None:
 def benchmark(trainer: Trainer) -> dict:
     """Times the methods that training calls, medians of several; and what they add up to."""
     c, agent, p = trainer.config, trainer.agent, trainer.progress
-    clock = utils.Stopwatch(trainer.device)
+    seconds_of = partial(utils.median_seconds, trainer.device)
 
     def collect_from(step: int):
         p.step = step
         trainer.collect()
 
-    random_seconds = clock.median(lambda: collect_from(0), 3)  # before `seed_steps`
+    random_seconds = seconds_of(lambda: collect_from(0), 3)  # before `seed_steps`
     frames = p.step
-    suite_seconds = clock.median(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
-    collect_seconds = clock.median(lambda: collect_from(c.seed_steps), 3)
+    suite_seconds = seconds_of(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
+    collect_seconds = seconds_of(lambda: collect_from(c.seed_steps), 3)
     policy, image = agent.policy(1, explore=True), np.zeros((1, 64, 64, 3), np.uint8)
     with utils.one_thread():
-        acting_seconds = clock.median(lambda: policy(image), 20)
+        acting_seconds = seconds_of(lambda: policy(image), 20)
     batch = trainer.batch(0)
-    sample_seconds = clock.median(lambda: trainer.batch(1), 20)
+    sample_seconds = seconds_of(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
-    update_seconds = clock.median(trainer.gradient_step, 5)
+    update_seconds = seconds_of(trainer.gradient_step, 5)
     peak_memory = utils.peak_memory_gb(trainer.device)
     with FlopCounterMode(display=False) as counter:
         agent._update(batch)  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.half)
     trainer.play()  # starts the environments, once in a run
-    evaluation_seconds = clock.median(trainer.play, 1)
+    evaluation_seconds = seconds_of(trainer.play, 1)
     work = work_of_run(c, frames)
     seconds = random_seconds, update_seconds, collect_seconds, evaluation_seconds
     return {
@@ -1540,6 +1574,8 @@ def command(argv: list[str]) -> None:
     for name, mode in (("checkpoint_path", "restore"), ("json", "benchmark")):
         if name in modes and mode not in modes:
             raise utils.RunError(f"--{name.replace('_', '-')} goes with --{mode}")
+    if {"restore", "benchmark"} <= modes.keys():
+        raise utils.RunError("--restore goes with --train or --evaluate")
     utils.tune_process()
     commands[wanted[0]](modes, given)
 

@@ -49,7 +49,13 @@ class NoRenderer(RuntimeError):
     """No GL back-end can make a context."""
 
 
-_PROBE = "import mujoco; mujoco.GLContext(64, 64).make_current()"
+_PROBE = """
+import mujoco
+context = mujoco.GLContext(64, 64)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)  # GLFW fails only here
+"""
+_PROBED = "DREAMER_GL"  # a variable: what made a context here, for the processes of this one
 _NO_RENDERER = (
     "no OpenGL back-end can render here: neither EGL nor OSMesa makes a context.\n"
     "On Debian, Ubuntu and Colab: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
@@ -59,18 +65,18 @@ _NO_RENDERER = (
 def choose_gl() -> str | None:
     """Chooses how MuJoCo renders, before anything imports dm_control.
 
-    A `MUJOCO_GL` that the user set is respected, and so is a display. On Linux without one, EGL
-    and then OSMesa are tried, each by making a real context in a process of its own (a failed
+    On Linux a `MUJOCO_GL` that the user set is taken, else GLFW where there is a display, else EGL
+    and then OSMesa: the first that makes a real context, in a process of its own (a failed
     attempt would bind PyOpenGL to the wrong platform). Sets and returns `MUJOCO_GL`.
 
     Raises:
-        NoRenderer: no back-end works; the message is two lines, the second the way out.
+        NoRenderer: none does; the message says the way out.
     """
     chosen = os.environ.get("MUJOCO_GL")
-    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if chosen or has_display or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or (chosen and chosen == os.environ.get(_PROBED)):
         return chosen
-    for backend in ("egl", "osmesa"):
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    for backend in [chosen] if chosen else ["glfw"] * bool(display) + ["egl", "osmesa"]:
         command = [sys.executable, "-c", _PROBE]
         environment = {**os.environ, "MUJOCO_GL": backend}
         try:
@@ -80,9 +86,9 @@ def choose_gl() -> str | None:
         except subprocess.TimeoutExpired:
             continue
         if probe.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
+            os.environ["MUJOCO_GL"] = os.environ[_PROBED] = backend
             return backend
-    raise NoRenderer(_NO_RENDERER)
+    raise NoRenderer(f"MUJOCO_GL={chosen} does not work here; unset it" if chosen else _NO_RENDERER)
 
 
 def _suite():

@@ -76,15 +76,6 @@ class TanhNormal:
     def __init__(self, mean: Tensor, std: Tensor):
         self.mean, self.std = mean, std
 
-    def _log_density(self, x: Tensor) -> Tensor:
-        """ln density of tanh(x) for `x` before the tanh, summed over A.
-
-        ln(1 - tanh(x)^2) = 2 (ln 2 - x - softplus(-2x)), which stays finite for every x.
-        """
-        normal = -0.5 * ((x - self.mean) / self.std).square() - self.std.log()
-        log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
-        return (normal - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
-
     def rsample(self) -> Tensor:
         """A reparameterized sample, (..., A)."""
         return torch.tanh(self.rsample_before_tanh())
@@ -94,23 +85,20 @@ class TanhNormal:
         return self.mean + self.std * standard_normal(self.mean.shape, self.mean)
 
     def surprise(self, x: Tensor) -> Tensor:
-        """Minus the ln of the density of tanh(`x`), for `x` before the tanh (..., A): (...).
+        """-ln of the density of the action tanh(`x`), summed over A: (..., A) to (...).
 
-        Its mean over samples is the entropy, and its gradient does not vanish where the tanh's
-        does.
+        By ln(1 - tanh(x)^2) = 2 (ln 2 - x - softplus(-2x)) it is finite for every x. Its mean over
+        samples is the entropy, and its gradient does not vanish where the tanh's does.
         """
-        return -self._log_density(x)
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        """ln density of `action` (..., A), finite at -1 and 1, where float32 rounds to."""
-        bound = 1 - 1e-6
-        return self._log_density(torch.atanh(action.clamp(-bound, bound)))
+        normal = 0.5 * ((x - self.mean) / self.std).square() + self.std.log()
+        log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
+        return (normal + 0.5 * math.log(2 * math.pi) + log_slope).sum(-1)
 
     def mode(self, samples: int = 100) -> Tensor:
         """Of `samples` samples the one of highest density, as in the v1 code: (..., A)."""
         shape = (samples, *self.mean.shape)
         x = self.mean + self.std * standard_normal(shape, self.mean)
-        best = self._log_density(x).argmax(0, keepdim=True)
+        best = self.surprise(x).argmin(0, keepdim=True)
         return torch.tanh(x.gather(0, best[..., None].expand(1, *self.mean.shape))[0])
 
 
@@ -322,7 +310,7 @@ class ActionDecoder(nn.Module):
     def __init__(self, features: int, actions: int, layers: int, units: int, init_std: float):
         super().__init__()
         self.net = mlp(features, units, layers, 2 * actions)
-        self.raw_init_std = math.log(math.expm1(init_std))
+        self.raw_init_std = init_std + math.log(-math.expm1(-init_std))  # ln(e^s - 1)
 
     def forward(self, feature: Tensor) -> TanhNormal:
         mean, std = full_precision(self.net(feature)).chunk(2, -1)

@@ -466,35 +466,31 @@ def capture(function, device: torch.device, undo=lambda: None):
     return replay
 
 
-class Stopwatch:
-    """Times calls on a device, work that is still queued there included."""
+def median_seconds(device: torch.device, function, repeats: int) -> float:
+    """Median seconds of `repeats` calls, after one that does not count if there are several.
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    Work that is still queued on the device is waited for.
+    """
+    seconds = []
+    for _ in range(repeats + (repeats > 1)):
+        _wait(device)
+        start = time.perf_counter()
+        function()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[-repeats:]))
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
-    def median(self, function, repeats: int) -> float:
-        """Median seconds of `repeats` calls, after one that does not count if there are several."""
-        if repeats > 1:
-            function()
-        seconds = []
-        for _ in range(repeats):
-            self._wait()
-            start = time.perf_counter()
-            function()
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds))
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype | None) -> float:
     """FLOP/s of this machine in a square matrix product that fills it, median of five."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
-    return 2 * size**3 / Stopwatch(device).median(lambda: a @ a, 5)
+    return 2 * size**3 / median_seconds(device, lambda: a @ a, 5)
 
 
 def tune_process() -> None:

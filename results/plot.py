@@ -26,7 +26,7 @@ import numpy as np
 # Settings that do not change what is learned: runs that differ only in these belong together.
 IGNORED = {
     "seed", "logdir", "exp", "device", "precision", "max_hours", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "buffer_gb", "vector_env", "eager",
+    "checkpoint_interval", "video_interval", "buffer_gb", "vector_env", "eager", "total_steps",
 }  # fmt: skip
 PUBLISHED_FRAMES = 100_000
 # Okabe and Ito's palette: told apart with every kind of colour vision.

@@ -36,6 +36,10 @@ def without_times(path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows(path)]
 
 
+def contents(path) -> dict:
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
 def last_state(path) -> dict:
     return utils.load_checkpoint(utils.checkpoints(path / "checkpoints")[-1])
 
@@ -92,8 +96,14 @@ def test_what_is_logged_of_episodes_is_what_lies_on_disk(finished):
 
 
 def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch, capsys):
-    episodes = [{"return": x} for x in (1.0, 2.0, 6.0)]
-    monkeypatch.setattr(dreamer.Trainer, "play", lambda self: episodes)
+    clock, ahead = time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+
+    def an_hour(trainer):
+        ahead[0] += 3600
+        return [{"return": x} for x in (1.0, 2.0, 6.0)]
+
+    monkeypatch.setattr(dreamer.Trainer, "play", an_hour)
     assert train(tmp_path, video_interval=0, eval_episodes=3) == 0
     evaluated = [row for row in rows(folder(tmp_path)) if "eval/return_mean" in row]
     std = math.sqrt(14 / 3)
@@ -101,6 +111,11 @@ def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch
     for row in evaluated:
         logged = {name: row[f"eval/return_{name}"] for name in expected}
         assert logged == pytest.approx(expected)
+    hours = {
+        row["step"]: row["time/hours"] for row in rows(folder(tmp_path)) if "time/hours" in row
+    }
+    assert [int(hours[row["step"]]) for row in evaluated] == [1, 2]
+    assert int(last_state(folder(tmp_path))["progress"]["seconds"]) // 3600 == 2
     assert "evaluation 3.0 ± 2.2 (3 episodes, 1 to 6)" in capsys.readouterr().out
 
 
@@ -178,6 +193,29 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
     assert run(*words, "--eval-episodes", 3) == 0
     again = json.loads((folder(finished) / "evaluation-240.json").read_text())
     assert again["episodes"] == result["episodes"]
+
+
+def test_an_evaluation_does_not_replace_that_of_another_run(finished, tmp_path, capsys):
+    shutil.copytree(folder(finished), folder(tmp_path))
+    shutil.copytree(folder(finished), folder(tmp_path, seed=2))
+    before = contents(folder(tmp_path, seed=2))
+    checkpoint = utils.checkpoints(folder(tmp_path) / "checkpoints")[-1]
+    words = flags(env="cartpole-balance", logdir=tmp_path, seed=2, checkpoint_path=checkpoint)
+    error_line(capsys, run("--evaluate", "--restore", *words), "another run", "--exp")
+    assert contents(folder(tmp_path, seed=2)) == before
+    assert run("--evaluate", "--restore", *words, "--exp", "other", "--eval-episodes", 1) == 0
+
+
+def test_a_film_shows_thirty_frames_a_second_at_most(tmp_path, monkeypatch):
+    shown, video = {}, utils.Logger.video
+
+    def spy(self, step, name, frames, fps):
+        shown[name] = len(frames), fps
+        video(self, step, name, frames, fps)
+
+    monkeypatch.setattr(utils.Logger, "video", spy)
+    assert train(tmp_path, action_repeat=1, total_steps=120, eval_episodes=1) == 0
+    assert shown["evaluation"] == (11, 25)  # of 41 frames, 100 a second
 
 
 def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
@@ -485,17 +523,30 @@ def test_no_pretraining_still_trains(tmp_path):
     assert last_state(folder(tmp_path))["progress"]["updates"] == 6
 
 
-def test_restore_without_a_checkpoint_starts_again_and_is_the_same(finished, tmp_path):
+def test_restore_without_a_checkpoint_starts_again_and_is_the_same(finished, tmp_path, monkeypatch):
     """Killed in the prefill: no checkpoint yet, and left-over files of all kinds."""
     path = folder(tmp_path)
-    assert train(tmp_path, total_steps=80, checkpoint_interval=0) == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 42, utils.Stopped("SIGTERM", 143))  # the first look after two episodes
+        assert train(tmp_path) == 143
     for checkpoint in (path / "checkpoints").iterdir():
         checkpoint.unlink()
     (path / "episodes" / ".half.npz.tmp").write_bytes(b"half")
-    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=240)
+    words = flags(env="cartpole-balance", logdir=tmp_path)
     assert run("--train", "--restore", *words) == 0
     assert plain(last_state(folder(finished))["agent"]) == plain(last_state(path)["agent"])
     assert len(list((path / "episodes").iterdir())) == 6
+
+
+def test_a_run_that_has_lost_its_checkpoints_is_left_alone(finished, tmp_path, capsys):
+    finished = shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    aside = shutil.move(folder(finished) / "checkpoints", tmp_path / "aside")
+    before = contents(folder(finished))
+    words = ["--train", "--restore", *flags(env="cartpole-balance", logdir=finished)]
+    error_line(capsys, run(*words), "lost its checkpoints", "--exp")
+    assert contents(folder(finished)) == before
+    shutil.copytree(aside, folder(finished) / "checkpoints", dirs_exist_ok=True)
+    assert run(*words, "--total-steps", 280) == 0
 
 
 @pytest.mark.parametrize("action_repeat", [1, 3, 6])
@@ -638,6 +689,15 @@ def error_line(capsys, code, *words) -> str:
 
 def test_unknown_task(capsys):
     error_line(capsys, run("--train", "--env", "walker-wolk"), "walker-walk")
+
+
+def test_a_training_without_a_gradient_step(tmp_path, capsys):
+    error_line(capsys, train(tmp_path, total_steps=80), "--total-steps 80", "--seed-steps 80")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_benchmark_restores_nothing(capsys):
+    error_line(capsys, run("--benchmark", "--restore"), "--restore goes with")
 
 
 def test_unknown_algorithm(capsys):

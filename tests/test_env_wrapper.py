@@ -16,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 import env_wrapper
 
 ROOT = Path(env_wrapper.__file__).resolve().parent
-GL_VARIABLES = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
+GL_VARIABLES = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY", "DREAMER_GL")
 
 
 @pytest.fixture
@@ -560,14 +560,27 @@ def fake_probe(monkeypatch, outcomes):
 
 @pytest.mark.parametrize(
     "variable, value, expected",
-    [("MUJOCO_GL", "osmesa", "osmesa"), ("DISPLAY", ":0", None), ("WAYLAND_DISPLAY", "w-0", None)],
+    [
+        ("MUJOCO_GL", "osmesa", "osmesa"),
+        ("DISPLAY", ":0", "glfw"),
+        ("WAYLAND_DISPLAY", "w-0", "glfw"),
+    ],
 )
 def test_what_the_user_has_is_respected(variable, value, expected, bare_linux, monkeypatch):
     monkeypatch.setenv(variable, value)
-    tried = fake_probe(monkeypatch, {"egl": 0, "osmesa": 0})
-    assert env_wrapper.choose_gl() == expected
-    assert os.environ.get("MUJOCO_GL") == expected
-    assert not tried
+    tried = fake_probe(monkeypatch, {"glfw": 0, "egl": 0, "osmesa": 0})
+    for _ in range(2):  # the second time it is known to work
+        assert env_wrapper.choose_gl() == expected
+        assert os.environ.get("MUJOCO_GL") == expected
+        assert tried == [expected]
+
+
+def test_a_choice_that_does_not_work_is_not_replaced(bare_linux, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    tried = fake_probe(monkeypatch, {"osmesa": 1, "egl": 0})
+    with pytest.raises(env_wrapper.NoRenderer, match=r"MUJOCO_GL=osmesa .* unset it"):
+        env_wrapper.choose_gl()
+    assert tried == ["osmesa"]
 
 
 def test_other_systems_choose_for_themselves(bare_linux, monkeypatch):
@@ -583,9 +596,12 @@ def test_other_systems_choose_for_themselves(bare_linux, monkeypatch):
         ({"egl": 1, "osmesa": 0}, "osmesa", ["egl", "osmesa"]),
         ({"egl": -11, "osmesa": 0}, "osmesa", ["egl", "osmesa"]),
         ({"egl": "hang", "osmesa": 0}, "osmesa", ["egl", "osmesa"]),
+        ({"glfw": 1, "egl": 0, "osmesa": 0}, "egl", ["glfw", "egl"]),
     ],
 )
 def test_egl_is_tried_before_osmesa(outcomes, chosen, order, bare_linux, monkeypatch):
+    if "glfw" in outcomes:  # a display that nobody can reach
+        monkeypatch.setenv("DISPLAY", ":0")
     tried = fake_probe(monkeypatch, outcomes)
     assert env_wrapper.choose_gl() == chosen
     assert os.environ["MUJOCO_GL"] == chosen
@@ -647,6 +663,18 @@ def test_real_probes_that_fail_end_soon(hidden_by, tmp_path):
     assert time.monotonic() - start < 10
     assert result.returncode == 0, result.stderr
     assert_names_the_way_out(result.stdout.strip())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is probed")
+def test_a_display_that_cannot_be_reached_is_passed_over():
+    environment = {k: v for k, v in os.environ.items() if k not in GL_VARIABLES}
+    environment["DISPLAY"] = ":987"
+    code = "import env_wrapper; print(env_wrapper.choose_gl())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True,
+        check=True, timeout=60,
+    )  # fmt: skip
+    assert result.stdout.strip() in ("egl", "osmesa")
 
 
 def test_importing_the_module_imports_no_simulator():

@@ -117,7 +117,8 @@ def test_references_by_word():
 def test_seeds_are_averaged(make_run, tmp_path):
     for seed, returns in enumerate([[10.0, 40.0], [20.0, 50.0], [60.0, 90.0]], 1):
         # What differs here changes nothing that is learned.
-        make_run(returns, seed=seed, exp=f"exp{seed % 2}", device="cpu" if seed > 1 else "cuda")
+        more = {"device": "cpu" if seed > 1 else "cuda", "total_steps": 20_000 * seed}
+        make_run(returns, seed=seed, exp=f"exp{seed % 2}", **more)
     (group,) = groups_of(tmp_path)
     steps, returns = plot.curve(group)
     assert steps.tolist() == [10_000, 20_000]
