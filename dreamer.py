@@ -25,7 +25,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -258,12 +258,13 @@ def check_lengths(config: Config) -> None:
     """Refuses a training that has no gradient step, or sequences longer than an episode.
 
     Raises:
-        utils.RunError: it has.
+        utils.RunError: it is one of these.
     """
-    if config.total_steps <= config.seed_steps:
+    seed_frames = math.ceil(config.seed_steps / config.time_limit) * config.time_limit
+    if config.total_steps <= seed_frames:
         raise utils.RunError(
-            f"--total-steps {config.total_steps}: training begins after --seed-steps "
-            f"{config.seed_steps}; raise the one or lower the other"
+            f"--total-steps {config.total_steps}: training begins after {seed_frames} frames, the "
+            f"episodes of --seed-steps {config.seed_steps}; raise the one or lower the other"
         )
     if config.train_seq_len > longest_episode(config):
         raise utils.RunError(
@@ -884,7 +885,7 @@ class Progress:
     last_return: float = math.nan
     best_return: float = -math.inf
     best_step: int = -1
-    seconds: float = 0.0  # of all processes of this run, up to the checkpoints that it went on from
+    seconds: float = 0.0  # that the run had taken, without what restores cut off
 
 
 class Trainer:
@@ -947,6 +948,8 @@ class Trainer:
             return
         self.open_logs()
         try:
+            if not p.step:
+                self.save()  # so that a run without a checkpoint is one that has lost them
             finished = False
             while not finished:
                 self.stop.check()
@@ -1344,18 +1347,6 @@ def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None
     return None, None
 
 
-def went_on_after_an_evaluation(folder: Path) -> bool:
-    """Whether a run has got past the checkpoint that it writes with its first evaluation."""
-    path = folder / "metrics.jsonl"
-    steps = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(ValueError):  # cut short, as a process was killed
-            row = json.loads(line)
-            if steps or "eval/return_mean" in row:
-                steps.append(row["step"])
-    return len(set(steps)) > 1
-
-
 def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
@@ -1374,26 +1365,25 @@ def train_command(modes: dict, given: dict) -> None:
     if "restore" in modes and saved is None:
         raise utils.RunError(f"no run to restore at {folder}")
     config = resolve(given, saved)
-    check_lengths(config)
+    if saved is None:
+        check_lengths(config)
     env_wrapper.canonical_name(config.env)  # a machine that cannot render says so before we write
-    for name in ("episodes", "checkpoints"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with utils.run_lock(folder), utils.StopSignal(config.max_hours) as stop:
-        for name in ("", "episodes", "checkpoints", "videos"):
-            utils.clear_temporaries(folder / name)
-        trainer = Trainer(config, folder, stop)
-        describe(config, folder, trainer)
         path, state = find_checkpoint(modes, folder) if saved else (None, None)
-        if not path and went_on_after_an_evaluation(folder):
+        if not path and any(part.stat().st_size for part in found):
             raise utils.RunError(
                 f"{folder} has lost its checkpoints: put one back, or --exp NAME starts another run"
             )
+        for name in ("", "episodes", "checkpoints", "videos"):
+            (folder / name).mkdir(exist_ok=True)
+            utils.clear_temporaries(folder / name)
+        trainer = Trainer(config, folder, stop)
+        describe(config, folder, trainer)
         if path:
             if path.resolve().parent != (folder / "checkpoints").resolve():
                 raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
             trainer.restore(state)
-        else:
-            trainer.forget_after(0)
         print(f"from {path or 'the start'}", flush=True)
         utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
@@ -1409,10 +1399,10 @@ def evaluate_command(modes: dict, given: dict) -> None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
     folder = run_folder(config)
-    foreign = any(state["config"][k] != getattr(config, k) for k in ("env", "algo", "exp", "seed"))
-    if foreign and (folder / "config.json").exists():
+    own = path.resolve().parent == (folder / "checkpoints").resolve()
+    if not own and (folder / "config.json").exists():
         raise utils.RunError(
-            f"{path} is of another run than {folder}: --exp NAME keeps its evaluation apart"
+            f"{path} is no checkpoint of the run {folder}: --exp NAME keeps its evaluation apart"
         )
     with utils.StopSignal(config.max_hours) as stop, closing(make_evaluation_envs(config)) as envs:
         actions = envs.single_action_space.shape[0]

@@ -54,12 +54,11 @@ import mujoco
 context = mujoco.GLContext(64, 64)
 context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)  # GLFW fails only here
+context.free()
 """
 _PROBED = "DREAMER_GL"  # a variable: what made a context here, for the processes of this one
-_NO_RENDERER = (
-    "no OpenGL back-end can render here: neither EGL nor OSMesa makes a context.\n"
-    "On Debian, Ubuntu and Colab: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
-)
+_NO_RENDERER = "no OpenGL back-end can render here: neither EGL nor OSMesa makes a context."
+_PACKAGES = "On Debian, Ubuntu and Colab: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
 
 
 def choose_gl() -> str | None:
@@ -70,7 +69,7 @@ def choose_gl() -> str | None:
     attempt would bind PyOpenGL to the wrong platform). Sets and returns `MUJOCO_GL`.
 
     Raises:
-        NoRenderer: none does; the message says the way out.
+        NoRenderer: none does; the message is two lines, the second the way out.
     """
     chosen = os.environ.get("MUJOCO_GL")
     if not sys.platform.startswith("linux") or (chosen and chosen == os.environ.get(_PROBED)):
@@ -88,7 +87,8 @@ def choose_gl() -> str | None:
         if probe.returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ[_PROBED] = backend
             return backend
-    raise NoRenderer(f"MUJOCO_GL={chosen} does not work here; unset it" if chosen else _NO_RENDERER)
+    what = f"MUJOCO_GL={chosen} does not work here; unset it." if chosen else _NO_RENDERER
+    raise NoRenderer(f"{what}\n{_PACKAGES}")
 
 
 def _suite():

@@ -440,10 +440,11 @@ def capture(function, device: torch.device, undo=lambda: None):
                 except RuntimeError as error:
                     cause = error  # where a capture fails its end raises too, and says less
                     raise
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(cause or error).splitlines()[0]
+            cause = cause or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             cause = graph = None
         finally:
             torch.cuda.set_stream(main)  # a capture that failed leaves its own in force

@@ -261,7 +261,7 @@ def test_what_is_logged_of_imagination(make_agent, make_batch):
         "value/error": sum(errors) / 2,
     }  # fmt: skip
     assert {k: metrics[k].item() for k in expected} == pytest.approx(expected)
-    assert metrics["entropy/policy"].item() == pytest.approx(entropy.item(), abs=0.2)
+    assert metrics["entropy/policy"].item() == pytest.approx(entropy.item(), abs=0.5)
 
 
 def test_actor_gradient_against_finite_differences(tiny_config, make_batch):

@@ -578,8 +578,9 @@ def test_what_the_user_has_is_respected(variable, value, expected, bare_linux, m
 def test_a_choice_that_does_not_work_is_not_replaced(bare_linux, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     tried = fake_probe(monkeypatch, {"osmesa": 1, "egl": 0})
-    with pytest.raises(env_wrapper.NoRenderer, match=r"MUJOCO_GL=osmesa .* unset it"):
+    with pytest.raises(env_wrapper.NoRenderer, match="MUJOCO_GL=osmesa") as error:
         env_wrapper.choose_gl()
+    assert_names_the_way_out(str(error.value))
     assert tried == ["osmesa"]
 
 
@@ -668,7 +669,7 @@ def test_real_probes_that_fail_end_soon(hidden_by, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux is probed")
 def test_a_display_that_cannot_be_reached_is_passed_over():
     environment = {k: v for k, v in os.environ.items() if k not in GL_VARIABLES}
-    environment["DISPLAY"] = ":987"
+    environment.update(DISPLAY=":987", WAYLAND_DISPLAY="none")
     code = "import env_wrapper; print(env_wrapper.choose_gl())"
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True,

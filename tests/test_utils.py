@@ -858,9 +858,8 @@ def no_card(monkeypatch):
     def graph(*arguments, **named):
         try:
             yield
-        finally:
-            if sys.exc_info()[0]:
-                raise RuntimeError("operation failed due to a previous error during capture")
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error") from error
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
