@@ -974,11 +974,11 @@ class Trainer:
 
     def close(self) -> None:
         self.bar.close()
-        self.logger.close()
         self.sampler.shutdown()
         self.env.close()
         if self.evaluation_envs:
             self.evaluation_envs.close()
+        self.logger.close()  # the last: a full disk fails here again
 
     def gradient_step(self) -> None:
         """One gradient step, on the batch that its number names; metrics at the last one."""

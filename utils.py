@@ -283,7 +283,7 @@ class Logger:
     """
 
     def __init__(self, folder: Path, state: dict | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        from tensorboard.summary.writer.record_writer import RecordWriter  # slow to import
 
         self.folder = folder
         (folder / "videos").mkdir(exist_ok=True)
@@ -295,16 +295,16 @@ class Logger:
             elif path.stat().st_size > size:
                 os.truncate(path, size)
         self._jsonl = (folder / "metrics.jsonl").open("a")
-        self._writer = SummaryWriter(str(folder))
+        # note: TensorBoard's own writer is a thread, in which a full disk would end in a traceback
+        self._events = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}").open("ab"))
+        self._event(file_version="brain.Event:2")
 
     def _files(self) -> list[Path]:
         return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
 
     def state_dict(self) -> dict:
         """Flushes, and returns the size of each file in bytes."""
-        self._jsonl.flush()
         os.fsync(self._jsonl.fileno())
-        self._writer.flush()
         return {path.name: path.stat().st_size for path in self._files()}
 
     def scalars(self, step: int, values: dict) -> None:
@@ -312,23 +312,28 @@ class Logger:
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
         self._jsonl.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        self._event([{"tag": name, "simple_value": x} for name, x in values.items()], step=step)
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """`frames` (T, height, width, 3) uint8 as `videos/<name>-<step>.gif` and in TensorBoard."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         gif = save_gif(self.folder / "videos" / f"{name}-{step}.gif", frames, fps)
         height, width = frames.shape[1:3]
         # TensorBoard's own add_video needs moviepy; a GIF is an image to it, and it moves.
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        summary = Summary(value=[Summary.Value(tag=f"video/{name}", image=image)])
-        self._writer.file_writer.add_summary(summary, step)
+        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": gif}
+        self._event([{"tag": f"video/{name}", "image": image}], step=step)
+
+    def _event(self, values=(), **content) -> None:
+        """Writes an event of TensorBoard's, `values` as fields of its `Summary.Value`."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        summary = {"value": values} if values else None
+        event = Event(wall_time=time.time(), summary=summary, **content)
+        self._events.write(event.SerializeToString())
+        self._events.flush()
 
     def close(self) -> None:
         self._jsonl.close()
-        self._writer.close()
+        self._events.close()
 
 
 class ProgressBar:

@@ -22,7 +22,7 @@ import torch
 from conftest import SHORT_RUN, flags
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, for all forks)
+from tensorboard.summary.writer import record_writer  # noqa: F401  (imported once, for all forks)
 
 import dreamer
 import replay_buffer
