@@ -1414,12 +1414,12 @@ def evaluate_command(modes: dict, given: dict) -> None:
 
 def write_evaluation(agent, config: Config, step: int, path: Path, episodes: list[dict]) -> None:
     """Prints the returns; writes their JSON, GIFs of the best and the worst episode, a dream."""
-    folder = run_folder(config)
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
     returns = [e["return"] for e in episodes]
     for number, each in enumerate(returns, 1):
         print(f"episode {number}: return {each:.1f}")
     print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+    folder = run_folder(config)
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
     result = {
         "checkpoint": str(path),
         "env": config.env,
