@@ -1347,6 +1347,11 @@ def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None
     return None, None
 
 
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether a checkpoint is the run's own."""
+    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+
+
 def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
@@ -1381,7 +1386,7 @@ def train_command(modes: dict, given: dict) -> None:
         trainer = Trainer(config, folder, stop)
         describe(config, folder, trainer)
         if path:
-            if path.resolve().parent != (folder / "checkpoints").resolve():
+            if not lies_in(path, folder):
                 raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
             trainer.restore(state)
         print(f"from {path or 'the start'}", flush=True)
@@ -1399,8 +1404,7 @@ def evaluate_command(modes: dict, given: dict) -> None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
     config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
     folder = run_folder(config)
-    own = path.resolve().parent == (folder / "checkpoints").resolve()
-    if not own and (folder / "config.json").exists():
+    if not lies_in(path, folder) and (folder / "config.json").exists():
         raise utils.RunError(
             f"{path} is no checkpoint of the run {folder}: --exp NAME keeps its evaluation apart"
         )

@@ -283,7 +283,8 @@ class Logger:
     """
 
     def __init__(self, folder: Path, state: dict | None = None):
-        from tensorboard.summary.writer.record_writer import RecordWriter  # slow to import
+        from tensorboard.compat.proto.event_pb2 import Event  # slow to import
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.folder = folder
         (folder / "videos").mkdir(exist_ok=True)
@@ -297,7 +298,8 @@ class Logger:
         self._jsonl = (folder / "metrics.jsonl").open("a")
         # note: TensorBoard's own writer is a thread, in which a full disk would end in a traceback
         self._events = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}").open("ab"))
-        self._event(file_version="brain.Event:2")
+        header = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self._events.write(header.SerializeToString())
 
     def _files(self) -> list[Path]:
         return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
@@ -312,7 +314,7 @@ class Logger:
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self._jsonl.write(json.dumps({"step": step, **row}) + "\n")
         self._jsonl.flush()
-        self._event([{"tag": name, "simple_value": x} for name, x in values.items()], step=step)
+        self._event(step, [{"tag": name, "simple_value": x} for name, x in values.items()])
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """`frames` (T, height, width, 3) uint8 as `videos/<name>-<step>.gif` and in TensorBoard."""
@@ -320,14 +322,13 @@ class Logger:
         height, width = frames.shape[1:3]
         # TensorBoard's own add_video needs moviepy; a GIF is an image to it, and it moves.
         image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": gif}
-        self._event([{"tag": f"video/{name}", "image": image}], step=step)
+        self._event(step, [{"tag": f"video/{name}", "image": image}])
 
-    def _event(self, values=(), **content) -> None:
+    def _event(self, step: int, values: list[dict]) -> None:
         """Writes an event of TensorBoard's, `values` as fields of its `Summary.Value`."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        summary = {"value": values} if values else None
-        event = Event(wall_time=time.time(), summary=summary, **content)
+        event = Event(wall_time=time.time(), step=step, summary={"value": values})
         self._events.write(event.SerializeToString())
         self._events.flush()
 

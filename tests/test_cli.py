@@ -177,6 +177,7 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
     words = ["--evaluate", "--restore", *flags(env="cartpole-balance", logdir=finished)]
     assert run(*words, "--eval-episodes", 3) == 0
     out = capsys.readouterr().out
+    assert len(re.findall(r"episode \d: return", out)) == 3 and "±" in out
     printed = [float(x) for x in re.findall(r"episode \d: return (\S+)", out)]
     result = json.loads((folder(finished) / "evaluation-240.json").read_text())
     returns = [e["return"] for e in result["episodes"]]
@@ -535,6 +536,19 @@ def test_restore_from_the_first_checkpoint_starts_again_and_is_the_same(finished
     assert run("--train", "--restore", *words) == 0
     assert plain(last_state(folder(finished))["agent"]) == plain(last_state(path)["agent"])
     assert len(list((path / "episodes").iterdir())) == 6
+
+
+def test_restore_without_anything_but_settings_starts(finished, tmp_path, monkeypatch):
+    """Killed before the first checkpoint was whole."""
+
+    def killed(trainer):
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch, pytest.raises(ArithmeticError):
+        patch.setattr(dreamer.Trainer, "save", killed)
+        train(tmp_path)
+    assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
+    assert differences(folder(finished), folder(tmp_path)) == []
 
 
 def test_a_run_that_has_lost_its_checkpoints_is_left_alone(finished, tmp_path, capsys):

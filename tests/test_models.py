@@ -81,6 +81,17 @@ def test_mode_is_the_densest_of_its_samples():
         assert abs(grid[log_density(one, grid[:, None]).argmax()] - many[0, i]) < 0.1
 
 
+def test_surprise_is_minus_the_log_density_of_the_sample():
+    mean, std = torch.tensor([[0.3, -0.5]]), torch.tensor([[0.4, 0.2]])
+    policy = models.TanhNormal(mean, std)
+    x = policy.rsample_before_tanh()
+    other = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, std), torch.distributions.transforms.TanhTransform()
+    )
+    expected = -other.log_prob(torch.tanh(x)).sum(-1)
+    torch.testing.assert_close(policy.surprise(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gradient_of_the_surprise_does_not_vanish_with_the_tanhs():
     """Of a sharp Normal at 5 the ln density is ln of the tanh's slope off a constant: slope -2."""
     mean = torch.full((1000, 1), 5.0, requires_grad=True)
