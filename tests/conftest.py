@@ -80,6 +80,10 @@ def train(logdir, *words, **more) -> int:
     return run("--train", *flags(**{**SHORT_RUN, "logdir": logdir, **more}), *words)
 
 
+def files_below(path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def folder(logdir, env="cartpole-balance", algo="Dreamerv1", exp="default", seed=1):
     return logdir / env / algo / exp / str(seed)
 

@@ -19,7 +19,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT_RUN, flags, folder, run, train
+from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train
 from kill_run import differences, plain
 
 import dreamer
@@ -34,10 +34,6 @@ def rows(path) -> list[dict]:
 
 def without_times(path) -> list[dict]:
     return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows(path)]
-
-
-def contents(path) -> dict:
-    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def last_state(path) -> dict:
@@ -199,11 +195,11 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
 def test_an_evaluation_does_not_replace_that_of_another_run(finished, tmp_path, capsys):
     shutil.copytree(folder(finished), folder(tmp_path))
     shutil.copytree(folder(finished), folder(tmp_path, seed=2))
-    before = contents(folder(tmp_path, seed=2))
+    before = files_below(folder(tmp_path, seed=2))
     checkpoint = utils.checkpoints(folder(tmp_path) / "checkpoints")[-1]
     words = flags(env="cartpole-balance", logdir=tmp_path, seed=2, checkpoint_path=checkpoint)
     error_line(capsys, run("--evaluate", "--restore", *words), "no checkpoint of", "--exp")
-    assert contents(folder(tmp_path, seed=2)) == before
+    assert files_below(folder(tmp_path, seed=2)) == before
     assert run("--evaluate", "--restore", *words, "--exp", "other", "--eval-episodes", 1) == 0
 
 
@@ -421,12 +417,12 @@ def test_a_stop_while_the_replay_is_filled_comes_at_once_and_changes_nothing(
     with monkeypatch.context() as patch:
         interrupt(patch, 101, utils.Stopped("SIGTERM", 143))
         assert train(tmp_path) == 143
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files_below(tmp_path)
     with monkeypatch.context() as patch:
         interrupt(patch, 2, utils.Stopped("SIGINT", 130))
         words = flags(env="cartpole-balance", logdir=tmp_path)
         assert run("--train", "--restore", *words) == 130
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_below(tmp_path) == before
     assert_goes_on_like(finished, tmp_path)
 
 
@@ -554,10 +550,10 @@ def test_restore_without_anything_but_settings_starts(finished, tmp_path, monkey
 def test_a_run_that_has_lost_its_checkpoints_is_left_alone(finished, tmp_path, capsys):
     finished = shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     aside = shutil.move(folder(finished) / "checkpoints", tmp_path / "aside")
-    before = contents(folder(finished))
+    before = files_below(folder(finished))
     words = ["--train", "--restore", *flags(env="cartpole-balance", logdir=finished)]
     error_line(capsys, run(*words), "lost its checkpoints", "--exp")
-    assert contents(folder(finished)) == before
+    assert files_below(folder(finished)) == before
     shutil.move(aside, folder(finished) / "checkpoints")
     assert run(*words, "--total-steps", 280) == 0
 
@@ -829,10 +825,10 @@ def test_damaged_settings(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for content in ("{", "[1]", "3", "{}", "[]", '""'):
         (folder(tmp_path) / "config.json").write_text(content)
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        before = files_below(tmp_path)
         for words in ([], ["--restore"]):
             error_line(capsys, train(tmp_path, *words), "config.json", "damaged")
-        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        after = files_below(tmp_path)
         assert after == before
 
 
@@ -990,7 +986,7 @@ def test_an_episode_that_the_machine_cannot_read_stays_where_it_is(
     finished, tmp_path, capsys, monkeypatch
 ):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files_below(tmp_path)
     read = Path.read_bytes
 
     def refuse(path):
@@ -1002,7 +998,7 @@ def test_an_episode_that_the_machine_cannot_read_stays_where_it_is(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", refuse)
         error_line(capsys, run("--train", "--restore", *words), "Permission denied", ".npz")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_below(tmp_path) == before
 
 
 def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):

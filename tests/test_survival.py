@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHORT_RUN, flags, folder, run, train
+from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train
 from kill_run import contents, differences
 
 import utils
@@ -90,7 +90,7 @@ def test_a_folder_that_may_not_be_written_is_one_line_and_stays_as_it_was(
     disk, remount = small_disk
     assert remount("size=100m")
     shutil.copytree(finished, disk, dirs_exist_ok=True)
-    before = {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()}
+    before = files_below(disk)
     assert remount("ro")
     words = flags(env="cartpole-balance", logdir=disk)
     for command in (
@@ -101,7 +101,7 @@ def test_a_folder_that_may_not_be_written_is_one_line_and_stays_as_it_was(
         assert run(*command, *words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "Read-only file system" in lines[0]
-    assert {path: path.read_bytes() for path in disk.rglob("*") if path.is_file()} == before
+    assert files_below(disk) == before
 
 
 MEMORY_AND_FILES = """
