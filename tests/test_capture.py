@@ -114,7 +114,7 @@ def test_captured_acting_equals_eager_acting(pair, make_batch, explore):
     assert not np.array_equal(played[0][0], played[0][14])
 
 
-def test_a_graph_holds_no_wait_for_the_device(capsys):
+def test_a_graph_holds_no_wait_for_the_device():
     def waits():
         return torch.ones(3).sum().item()
 

@@ -1,6 +1,5 @@
 """Files, logs, random states and signals, each against what is on the disk afterwards."""
 
-import contextlib
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulated_card
 import numpy as np
 import pytest
 import torch
@@ -850,25 +850,7 @@ def test_the_rate_on_a_terminal_counts_the_steps_that_add_no_frame(clock, monkey
 def no_card(monkeypatch):
     """`torch.cuda` as far as `utils.capture` uses it, on a machine without a card."""
 
-    @contextlib.contextmanager
-    def nothing(*arguments, **named):
-        yield
-
-    @contextlib.contextmanager
-    def graph(*arguments, **named):
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError("operation failed due to a previous error") from error
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "device": nothing, "stream": nothing, "graph": graph, "CUDAGraph": object,
-        "Stream": lambda: stream, "current_stream": lambda: stream, "set_stream": nothing,
-        "synchronize": nothing, "get_rng_state": nothing, "set_rng_state": nothing,
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    emulated_card.install(monkeypatch)
 
 
 @pytest.mark.parametrize("call", [1, 4])
