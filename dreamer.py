@@ -9,8 +9,8 @@
 
 A world model (models.py: the RSSM) is learned from replayed episodes; an actor and a value are
 learned inside it, in imagination. Read in this order: the losses, the agent and its gradient
-step, the training loop. The steps of a run and of its logs are frames of the environment, repeats
-counted; those of sequences, of imagination and of acting are actions.
+step, the training loop. Steps of a run and of its logs are frames of the environment, repeats
+counted; steps of sequences, of imagination and of acting are actions.
 
 Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/abs/2010.02193
 """
@@ -88,7 +88,9 @@ def number_or_none(text: str) -> float | None:
 
 @dataclass
 class Config:
-    """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`)."""
+    """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`); no
+    limit for `max_hours`.
+    """
 
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
     algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2")
@@ -99,7 +101,7 @@ class Config:
         "auto", "sizes: full, small, or auto: full on CUDA, small on a CPU",
         choices=("auto", *PRESETS),
     )  # fmt: skip
-    device: str = flag("auto", "cpu, cuda, or auto")
+    device: str = flag("auto", "cpu, cuda, cuda:N, or auto")
     precision: str = flag(
         "auto", "fp32, bf16, fp16, or auto: fp16 on a T4, bf16 on newer cards, fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -119,7 +121,7 @@ class Config:
         "auto", "evaluation's episodes: async: a process each; sync: one process; auto: by cores",
         choices=("auto", "async", "sync"),
     )  # fmt: skip
-    checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: only the last and best")
+    checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: first, best, last only")
     video_interval: int = flag(50_000, "frames between videos, made at evaluations; 0: none")
     max_hours: float = flag(None, "stop cleanly after so many hours")
 
@@ -141,8 +143,8 @@ class Config:
     )
     deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
     stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
-    hidden_size: int = flag(None, "hidden layers of the RSSM", minimum=1)
-    num_units: int = flag(None, "hidden layers of actor, value and reward", minimum=1)
+    hidden_size: int = flag(None, "width of the RSSM's hidden layers", minimum=1)
+    num_units: int = flag(None, "width of the other networks' hidden layers", minimum=1)
     cnn_depth: int = flag(None, "channels of the first convolution", minimum=1)
     imagine_horizon: int = flag(None, "imagined steps", minimum=2)
 
@@ -169,8 +171,8 @@ class Config:
     grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped")
 
 
-# What a restored run may change. Another device or precision rounds otherwise, so that only the
-# same ones go on bit for bit.
+# What a restored run may change. Another device or precision rounds otherwise: only on a CPU, in
+# the same precision, does a run go on bit for bit.
 MAY_CHANGE = {
     "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
     "checkpoint_interval", "video_interval", "max_hours", "vector_env", "eager",
@@ -209,9 +211,9 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
         utils.RunError: a flag contradicts the saved run, or cannot work.
     """
     defaults = {f.name: f.default for f in fields(Config)}
-    # Not kept are settings that this version does not know, and two more: a run may have been
-    # moved, and the clock of --max-hours starts anew with every process.
-    names = defaults.keys() - {"logdir", "max_hours"}
+    # Not kept are settings that this version does not know, and three more: a run may have been
+    # moved, the clock of --max-hours starts anew with every process, and no flag undoes --eager.
+    names = defaults.keys() - {"logdir", "max_hours", "eager"}
     kept = {k: v for k, v in (saved or {}).items() if k in names}
     kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
     given = {k: v for k, v in given.items() if (k, v) != ("preset", "auto") or k not in kept}
@@ -280,7 +282,7 @@ def longest_episode(config: Config) -> int:
 
 
 # ----------------------------------------------------------------------------------------- losses
-# Pure functions: tensors in, tensors out. Equations are numbered as in the v1 paper, section 3.
+# Pure functions: tensors in, tensors out. Equations are numbered as in the v1 paper.
 
 
 def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
@@ -393,7 +395,7 @@ class Dreamer(nn.Module):
             name: torch.optim.Adam(getattr(self, name).parameters(), lr, **options)
             for name, lr in rates.items()
         }
-        self._batch, self._replay = None, None  # what the captured gradient step reads, and it
+        self._batch, self._replay = None, None  # the captured gradient step's input; the step
         self._policies = {}
         self.half = self._half_type()
         # One each: the model's gradients overflow at scales where the actor's would underflow, and
@@ -407,11 +409,13 @@ class Dreamer(nn.Module):
 
     def _half_type(self) -> torch.dtype | None:
         choice = self.config.precision
-        if choice == "auto":
-            if self.device.type != "cuda":
-                return None
+        if self.device.type == "cuda":
             sm80 = torch.cuda.get_device_capability(self.device) >= (8, 0)
-            choice = "bf16" if sm80 else "fp16"
+            if choice == "bf16" and not sm80:  # PyTorch would emulate it
+                raise utils.RunError("--precision bf16: this card has none; fp16 is its own")
+            choice = ("bf16" if sm80 else "fp16") if choice == "auto" else choice
+        elif choice == "auto":
+            choice = "fp32"
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
 
     def autocast(self):
@@ -547,7 +551,7 @@ class Dreamer(nn.Module):
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
-        # Autocast keeps the casts of trained weights only: constants it would cast at every step.
+        # Autocast keeps its casts of trained weights only: frozen ones it would cast at every step.
         with frozen(self.world) if self.half is None else nullcontext():
             feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
@@ -845,7 +849,7 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
 
 
 def frames_to_show(env) -> tuple[int, float]:
-    """Of how many frames a GIF shows one, and how many of these a second: 30 at most."""
+    """A GIF shows every n-th observation: n, and its frames a second, 30 at most."""
     fps = env.unwrapped.metadata["render_fps"]
     every = math.ceil(fps / 30)
     return every, fps / every
@@ -1033,7 +1037,7 @@ class Trainer:
         """
         if not self.watched:
             return
-        # Before a scale is 0, and its inverse inf.
+        # Before a scale reaches 0, whose inverse is inf.
         if any(scaler.get_scale() < 1e-6 for scaler in self.scalers):
             raise utils.RunError(
                 f"gradient step {self.progress.updates}: gradients overflow float16 at every loss "
@@ -1429,6 +1433,8 @@ def write_evaluation(agent, config: Config, step: int, path: Path, episodes: lis
         "env": config.env,
         "algo": config.algo,
         "step": step,
+        "device": str(agent.device),
+        "precision": str(agent.half or torch.float32),
         "return_mean": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
         "episodes": [
@@ -1454,8 +1460,9 @@ def benchmark_command(modes: dict, given: dict) -> None:
     config = resolve(given)
     check_lengths(config)
     path = Path(modes["json"]) if "json" in modes else None
-    if path and not path.parent.is_dir():  # before minutes of work
-        raise utils.RunError(f"--json {path}: no folder {path.parent}")
+    if path and (path.is_dir() or not path.parent.is_dir()):  # before minutes of work
+        what = "is a folder" if path.is_dir() else f"no folder {path.parent}"
+        raise utils.RunError(f"--json {path}: {what}")
     with tempfile.TemporaryDirectory() as scratch, utils.StopSignal() as stop:
         folder = Path(scratch)
         (folder / "episodes").mkdir()
@@ -1522,14 +1529,19 @@ def benchmark(trainer: Trainer) -> dict:
 def work_of_run(config: Config, frames: int) -> tuple[int, int, int, int]:
     """Random episodes, gradient steps, episodes of the policy and evaluations of a whole run.
 
-    `frames`: of an episode. Episodes are whole, and an iteration has one evaluation at most.
+    `frames`: of an episode. Episodes are whole; an iteration ends with one evaluation at most.
     """
     c = config
     prefill, collected = math.ceil(c.seed_steps / frames), math.ceil(c.collect_steps / frames)
     iterations = math.ceil(max(0, c.total_steps - prefill * frames) / (collected * frames))
     updates = c.pretrain_steps + (iterations - 1) * c.update_steps if iterations else 0
-    due = math.ceil(c.total_steps / c.eval_interval) if c.eval_interval else 1
-    return prefill, updates, iterations * collected, min(iterations + 1, due)
+    every, evaluations = utils.Every(c.eval_interval), 0
+    for iteration in range(iterations + 1):
+        step = (prefill + iteration * collected) * frames
+        if step >= c.total_steps or every.due(step):
+            every.fired(step)
+            evaluations += 1
+    return prefill, updates, iterations * collected, evaluations
 
 
 def describe(config: Config, folder: Path, trainer: Trainer) -> None:
@@ -1546,11 +1558,14 @@ USER_ERRORS = (
     utils.RunError,
     env_wrapper.UnknownTask,
     env_wrapper.NoRenderer,
+    env_wrapper.NoSuite,
+    env_wrapper.WorkerDied,
     replay_buffer.ReplayError,
 )
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.ENOTCONN, errno.EMFILE,
+    errno.ENOENT, errno.EBUSY, errno.ESTALE,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ chosen before that.
 """
 
 import atexit
+import contextlib
 import difflib
 import functools
 import multiprocessing
@@ -47,6 +48,14 @@ class UnknownTask(ValueError):
 
 class NoRenderer(RuntimeError):
     """No GL back-end can make a context."""
+
+
+class NoSuite(RuntimeError):
+    """dm_control cannot be imported."""
+
+
+class WorkerDied(RuntimeError):
+    """A process of an environment is gone: killed, for want of memory perhaps."""
 
 
 _PROBE = """
@@ -100,7 +109,11 @@ def _suite():
         from dm_control import suite
     except (AttributeError, ImportError, RuntimeError) as error:
         chosen = os.environ.get("MUJOCO_GL")
-        raise NoRenderer(f"MUJOCO_GL={chosen} does not work here ({error}); unset it") from error
+        if chosen and chosen != os.environ.get(_PROBED):  # only Linux is probed
+            what = f"with MUJOCO_GL={chosen}: unset it"
+        else:
+            what = "here; what it needs: pip install -r requirements.txt"
+        raise NoSuite(f"dm_control cannot be imported ({error}) {what}") from error
     return suite
 
 
@@ -264,11 +277,43 @@ def suites_own(task: str, frames: int, action_repeat: int) -> Callable[[], None]
     return play
 
 
+class _ParallelEnvs(gym.vector.AsyncVectorEnv):
+    """A process that is gone raises `WorkerDied`, where else a pipe would have ended somewhere."""
+
+    def __init__(self, *arguments, **options):
+        with self._workers():
+            super().__init__(*arguments, **options)
+
+    def reset(self, **options):
+        with self._workers():
+            return super().reset(**options)
+
+    def step(self, actions):
+        with self._workers():
+            return super().step(actions)
+
+    @contextlib.contextmanager
+    def _workers(self):
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            for process in self.processes:
+                process.kill()
+            self.closed = True  # nothing is left to be closed
+            raise WorkerDied(
+                "a process of an environment was killed, for want of memory perhaps; "
+                "--vector-env sync needs no more than this one"
+            ) from error
+
+
 def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     """`n` environments that are stepped together, `make_env(*arguments)` each.
 
     In parallel each is a process of its own, which answers neither to Ctrl-C nor to SIGTERM, as
     these may reach every process of a group: this one does, and closes the others.
+
+    Raises:
+        WorkerDied: one of these is gone; so do `reset` and `step`.
     """
     if not parallel:
         return gym.vector.SyncVectorEnv([lambda: make_env(*arguments)] * n)
@@ -283,7 +328,7 @@ def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     file = main.__dict__.pop("__file__", None)
     try:
         envs = [functools.partial(_make_in_worker, os.getpid(), *arguments)] * n
-        return gym.vector.AsyncVectorEnv(envs, context=context)
+        return _ParallelEnvs(envs, context=context)
     finally:
         if file is not None:
             main.__file__ = file

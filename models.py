@@ -170,7 +170,7 @@ class State(NamedTuple):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model (PlaNet, section 2; Dreamer v1, appendix A).
+    """Recurrent state-space model (PlaNet, section 3; Dreamer v1, appendix A).
 
     deter_t = GRU(deter_{t-1}, [stoch_{t-1}, action_t]); prior p(stoch_t | deter_t); posterior
     q(stoch_t | deter_t, embed_t). Here action_t is the action that led to step t.

@@ -109,7 +109,7 @@ class ReplayBuffer:
         self._episodes = deque()  # (first row, rows) of each episode, oldest first
         self._next = 0  # the row after the newest
         self.rows = 0  # rows in use
-        self._starts = {}  # sequence length -> (sequences before each episode's end, first rows)
+        self._starts = {}  # sequence length -> (running total of the episodes' starts, first rows)
 
     @staticmethod
     def rows_for(gigabytes: float, actions: int) -> int:
@@ -167,11 +167,11 @@ class ReplayBuffer:
         return self._starts[length]
 
     def sample_rows(self, batch: int, length: int, seed, first_share: float = 0.0) -> np.ndarray:
-        """Rows of `batch` sequences, (length, batch), every possible start equally likely.
+        """Rows of `batch` sequences, (length, batch), each within one episode.
 
-        A sequence lies within one episode; with probability `first_share` it begins where the
-        episode does. `seed` is anything that numpy's `default_rng` takes; the same seed on the
-        same episodes gives the same rows.
+        Every possible start is equally likely; with probability `first_share` a sequence begins
+        where its episode does instead. `seed` is anything that numpy's `default_rng` takes; the
+        same seed on the same episodes gives the same rows.
 
         Raises:
             ReplayError: no episode is long enough.

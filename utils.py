@@ -152,8 +152,8 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([x.cpu() for x in state["cuda"]])
+    for device, generator in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(generator.cpu(), device)
 
 
 def seed_everything(seed: int) -> None:
@@ -417,6 +417,9 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the machine
 
 
+_failed = []  # graphs whose capture failed: PyTorch's allocator still refers to them
+
+
 def capture(function, device: torch.device, undo=lambda: None):
     """`function`, which takes nothing, as one CUDA graph; itself where it cannot be captured.
 
@@ -429,7 +432,7 @@ def capture(function, device: torch.device, undo=lambda: None):
     with torch.cuda.device(device):
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         gc.collect()  # a dead graph that is collected in mid-capture would invalidate it
-        cause = None
+        graph, cause, reason = torch.cuda.CUDAGraph(), None, None
         try:
             side.wait_stream(main)
             with torch.cuda.stream(side), warnings.catch_warnings():
@@ -437,7 +440,6 @@ def capture(function, device: torch.device, undo=lambda: None):
                 for _ in range(3):
                     function()
             main.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
             # Another thread may draw the next batch meanwhile. On the stream of the first calls,
             # so that graphs share no workspace of cuBLAS: one that goes would take it along.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -451,13 +453,14 @@ def capture(function, device: torch.device, undo=lambda: None):
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             reason = str(cause).splitlines()[0]
-            cause = graph = None
+            cause = None
+            _failed.append(graph)
         finally:
             torch.cuda.set_stream(main)  # a capture that failed leaves its own in force
             torch.cuda.synchronize()
             undo()
             torch.cuda.set_rng_state(before, device)
-    if graph is None:
+    if reason is not None:
         try:
             torch.rand((), device=device)
         except RuntimeError as error:  # PyTorch before 2.13: the generator still captures
@@ -503,11 +506,13 @@ def matmul_flops(device: torch.device, dtype: torch.dtype | None) -> float:
 def tune_process() -> None:
     """Settings of this process that its speed depends on; before anything is computed.
 
-    Denormal numbers count as zero. And what is freed is kept: glibc gives a large block back to
-    the system, which clears it page by page when the next one is wanted, a fifth of the time of
-    a full-size gradient step (results/benchmark.md).
+    Denormal numbers count as zero. Convolutions in float32 are that on a card too, not TF32. And
+    what is freed is kept: glibc gives a large block back to the system, which clears it page by
+    page when the next one is wanted, a fifth of the time of a full-size gradient step
+    (results/benchmark.md).
     """
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32 = False
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # as in <malloc.h>
         mallopt = ctypes.CDLL(None).mallopt
@@ -533,7 +538,7 @@ def one_thread():
 def peak_memory_gb(device: torch.device) -> float:
     """The most memory that was in use, in 10^9 bytes: of the device, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return torch.cuda.max_memory_reserved(device) / 1e9  # with what a graph keeps for itself
     if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, else KiB

@@ -430,6 +430,18 @@ def test_precision_of_a_card(make_agent, monkeypatch, capability, expected):
     assert agent._half_type() == getattr(torch, expected)
 
 
+def test_bfloat16_on_a_card_without_it_is_refused(make_agent, monkeypatch):
+    """PyTorch would emulate it, or fail somewhere."""
+    agent = make_agent(precision="bf16")
+    assert agent.half == torch.bfloat16  # on a CPU
+    agent.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(utils.RunError, match="bf16"):
+        agent._half_type()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert agent._half_type() == torch.bfloat16
+
+
 def test_everything_on_the_meta_device(make_agent, make_batch):
     """A tensor left on the CPU and an `.item()` both raise there."""
     agent = make_agent(device=torch.device("meta"), use_disc_model=True, algo="Dreamerv2")

@@ -289,6 +289,7 @@ def test_evaluate_a_given_checkpoint_under_another_name(finished, tmp_path):
     result = json.loads(written.read_text())
     assert result["checkpoint"] == str(path)
     assert (result["config"]["exp"], result["config"]["eval_episodes"]) == ("eval", 1)
+    assert (result["device"], result["precision"]) == ("cpu", "torch.float32")
 
 
 def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
@@ -309,6 +310,7 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     )
     assert not (tmp_path / "runs").exists()
     error_line(capsys, run("--train", "--json", path), "--benchmark")
+    error_line(capsys, run("--benchmark", "--json", tmp_path, *words), "--json", "is a folder")
     nowhere = tmp_path / "none" / "benchmark.json"
     error_line(capsys, run("--benchmark", "--json", nowhere), "--json", str(nowhere.parent))
 
@@ -628,6 +630,8 @@ def test_the_full_preset_has_the_papers_values():
         ({"eval_interval": 100}, (5, 95 * 100, 95, 96)),
         ({"eval_interval": 0}, (5, 95 * 100, 95, 1)),
         ({"total_steps": 3000}, (5, 0, 0, 1)),
+        ({"seed_steps": 50_000}, (50, 50 * 100, 50, 6)),  # those due in the prefill are one
+        ({"total_steps": 104_500}, (5, 100 * 100, 100, 11)),
     ],
 )
 def test_the_work_of_a_run_is_counted_in_whole_episodes(tiny_config, more, work):
@@ -694,6 +698,26 @@ def error_line(capsys, code, *words) -> str:
     for word in words:
         assert word in lines[0]
     return lines[0]
+
+
+def test_a_run_whose_folder_goes_away(tmp_path, monkeypatch, capsys):
+    def lose(self):
+        shutil.rmtree(self.folder)
+
+    monkeypatch.setattr(dreamer.Trainer, "check_finite", lose)
+    error_line(capsys, train(tmp_path), "No such file", str(folder(tmp_path)))
+
+
+def test_a_process_of_an_evaluation_that_is_killed(finished, monkeypatch, capsys):
+    def killed(*arguments):
+        envs = make_vector_env(*arguments)
+        envs.processes[0].kill()
+        return envs
+
+    make_vector_env = env_wrapper.make_vector_env
+    monkeypatch.setattr(env_wrapper, "make_vector_env", killed)
+    words = flags(logdir=finished, env="cartpole-balance", vector_env="async", eval_episodes=1)
+    error_line(capsys, run("--evaluate", "--restore", *words), "killed", "--vector-env sync")
 
 
 def test_unknown_task(capsys):
@@ -805,6 +829,12 @@ def test_a_restore_may_change_what_the_readme_says_and_nothing_else():
         "total_steps", "eval_interval", "checkpoint_interval", "video_interval", "eval_episodes",
         "vector_env", "max_hours", "device", "precision", "eager", "logdir",
     }  # fmt: skip
+
+
+def test_eager_holds_for_one_start():
+    saved = dataclasses.asdict(dreamer.resolve({"device": "cpu", "eager": True}))
+    assert saved["eager"] and not dreamer.resolve({}, saved).eager
+    assert dreamer.resolve({"eager": True}, {**saved, "eager": False}).eager
 
 
 def test_what_is_endless_or_unbounded_is_allowed():

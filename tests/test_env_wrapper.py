@@ -678,6 +678,44 @@ def test_a_display_that_cannot_be_reached_is_passed_over():
     assert result.stdout.strip() in ("egl", "osmesa")
 
 
+@pytest.mark.parametrize(
+    "platform, chosen, words",
+    [
+        ("linux", "egl", "requirements.txt"),  # which was probed, or chosen here
+        ("darwin", None, "requirements.txt"),
+        ("darwin", "osmesa", "MUJOCO_GL=osmesa: unset it"),
+    ],
+)
+def test_a_suite_that_cannot_be_imported(bare_linux, monkeypatch, platform, chosen, words):
+    monkeypatch.setattr(sys, "platform", platform)
+    fake_probe(monkeypatch, {"egl": 0})
+    if chosen:
+        monkeypatch.setenv("MUJOCO_GL", chosen)
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    with pytest.raises(env_wrapper.NoSuite, match=words) as error:
+        env_wrapper.parse_task("walker-walk")
+    assert "dm_control" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert ("MUJOCO_GL" in str(error.value)) == (words != "requirements.txt")
+
+
+def test_a_process_that_is_gone_is_said(capfd):
+    """Killed between two steps or before the first; the others end too."""
+    for played in (True, False):
+        envs = env_wrapper.make_vector_env(2, True, "cartpole-balance")
+        if played:
+            envs.reset(seed=[1, 2])
+        envs.processes[1].kill()
+        envs.processes[1].join()
+        with pytest.raises(env_wrapper.WorkerDied, match="--vector-env sync"):
+            envs.step(np.zeros((2, 1), np.float32)) if played else envs.reset(seed=[1, 2])
+        envs.close()
+        for process in envs.processes:
+            process.join(10)
+            assert not process.is_alive()
+        del envs
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_importing_the_module_imports_no_simulator():
     code = (
         "import os, sys, env_wrapper\n"

@@ -334,6 +334,16 @@ def test_an_isolated_block_that_fails_is_undone_too():
     assert draws() == expected
 
 
+def test_the_generators_of_the_cards_that_there_are_are_put_back(monkeypatch):
+    """A checkpoint of a machine with two cards, on one with one."""
+    state = {**utils.random_state(), "cuda": [torch.tensor([1]), torch.tensor([2])]}
+    put = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda x, device: put.append((x, device)))
+    utils.set_random_state(state)
+    assert put == [(torch.tensor([1]), 0)]
+
+
 def test_streams_have_seeds_of_their_own():
     keys = [(seed, kind, n) for seed in range(5) for kind in range(3) for n in range(200)]
     seeds = [utils.stream_seed(*key) for key in keys]
