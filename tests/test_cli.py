@@ -91,6 +91,21 @@ def test_what_is_logged_of_episodes_is_what_lies_on_disk(finished):
     assert 0 < seconds < 3600 * logged[-1]["time/hours"]
 
 
+def test_collecting_is_logged_in_frames_a_second(tmp_path, monkeypatch):
+    """Of an hour an episode, beside which a slow machine's seconds do not count."""
+    clock, ahead, collect = time.monotonic, [0], dreamer.collect_episode
+
+    def an_hour(*arguments):
+        ahead[0] += 3600
+        return collect(*arguments)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+    monkeypatch.setattr(dreamer, "collect_episode", an_hour)
+    assert train(tmp_path, total_steps=120, eval_episodes=1, video_interval=0) == 0
+    fps = [row["time/collect_fps"] for row in rows(folder(tmp_path)) if "train/return" in row]
+    assert fps == pytest.approx([40 / 3600] * 3, rel=0.1)
+
+
 def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch, capsys):
     clock, ahead = time.monotonic, [0]
     monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
@@ -178,6 +193,7 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
     result = json.loads((folder(finished) / "evaluation-240.json").read_text())
     returns = [e["return"] for e in result["episodes"]]
     assert printed == pytest.approx(returns, abs=0.05)
+    assert [e["length"] for e in result["episodes"]] == [20] * 3
     assert result["return_mean"] == pytest.approx(np.mean(returns))
     assert result["return_std"] == pytest.approx(np.std(returns)) != 0
     assert f"at 240 frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}" in out
