@@ -864,9 +864,10 @@ def no_card(monkeypatch):
 
 
 @pytest.mark.parametrize("call", [1, 4])
-def test_a_capture_that_fails_is_undone_and_warned_of(no_card, capsys, call):
+def test_a_capture_that_fails_is_undone_and_warned_of(no_card, monkeypatch, capsys, call):
     """In the first of the three calls before the capture, or in the capture itself."""
     calls, undone = [], []
+    monkeypatch.setattr(utils, "_failed", [])
 
     def fails():
         calls.append(None)
@@ -876,6 +877,7 @@ def test_a_capture_that_fails_is_undone_and_warned_of(no_card, capsys, call):
     cpu = torch.device("cpu")
     assert utils.capture(fails, cpu, lambda: undone.append(len(calls))) is fails
     assert undone == [call]
+    assert len(utils._failed) == 1  # kept, as PyTorch's allocator refers to it
     assert capsys.readouterr().err.splitlines() == [
         "warning: CUDA capture failed, going on without it: operation not permitted"
     ]
