@@ -174,9 +174,12 @@ class Config:
 # What a restored run may change. Another device or precision rounds otherwise: only on a CPU, in
 # the same precision, does a run go on bit for bit.
 MAY_CHANGE = {
-    "logdir", "device", "precision", "total_steps", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "max_hours", "vector_env", "eager",
+    "device", "precision", "total_steps", "eval_interval", "eval_episodes",
+    "checkpoint_interval", "video_interval", "vector_env",
 }  # fmt: skip
+# What holds for one start and is not restored: a run may have been moved, the clock starts anew
+# with every process, and no flag undoes --eager.
+ONE_START = {"logdir", "max_hours", "eager"}
 # An evaluation may also be of other episodes, and of another task of the same shape.
 EVALUATION_MAY_CHANGE = MAY_CHANGE | {
     "env", "exp", "seed", "action_repeat", "time_limit", "act_memory",
@@ -211,9 +214,8 @@ def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHA
         utils.RunError: a flag contradicts the saved run, or cannot work.
     """
     defaults = {f.name: f.default for f in fields(Config)}
-    # Not kept are settings that this version does not know, and three more: a run may have been
-    # moved, the clock of --max-hours starts anew with every process, and no flag undoes --eager.
-    names = defaults.keys() - {"logdir", "max_hours", "eager"}
+    # Settings that this version does not know are not kept either.
+    names = defaults.keys() - ONE_START
     kept = {k: v for k, v in (saved or {}).items() if k in names}
     kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
     given = {k: v for k, v in given.items() if (k, v) != ("preset", "auto") or k not in kept}

@@ -40,7 +40,7 @@ class Graph(Refuse):
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Does them again, each into the memory of its first output."""
+        """Does them again, each into the memory of what it gave in the recording."""
         for function, args, kwargs, output in self.operations:
             again = function(*args, **kwargs)
             for old, new in zip(tree_leaves(output), tree_leaves(again)):
