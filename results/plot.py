@@ -48,11 +48,12 @@ class PlotError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one run, and its evaluations: step to (mean, std), by rising step."""
+    """The settings of one run, its evaluations: step to (mean, std), by rising step; its hours."""
 
     folder: Path
     config: dict
     evaluations: dict
+    hours: float = np.nan
 
     @property
     def last(self) -> int:
@@ -117,11 +118,12 @@ def load_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
-    evaluations = {}
+    evaluations, hours = {}, np.nan
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             step, mean = int(row["step"]), row.get("eval/return_mean")
+            hours = float(row.get("time/hours", hours))
             if mean is not None:
                 evaluations[step] = float(mean), float(row.get("eval/return_std", np.nan))
         except (ValueError, TypeError, KeyError, OverflowError):
@@ -129,7 +131,7 @@ def load_run(folder: Path) -> Run:
             if number == len(lines) and not text.endswith("\n"):
                 break
             raise PlotError(f"{path}, line {number}: not a row of metrics") from None
-    return Run(folder, config, dict(sorted(evaluations.items())))
+    return Run(folder, config, dict(sorted(evaluations.items())), hours)
 
 
 def load_references(path: Path, words: list[str]) -> list[dict]:
@@ -250,6 +252,12 @@ def scores_csv(groups: list[Group]) -> str:
     return text.getvalue()
 
 
+def score(mean: float, std: float = np.nan) -> str:
+    """`mean ± std`, without what is not known."""
+    spread = "" if np.isnan(std) else f" ± {std:.1f}"
+    return "–" if np.isnan(mean) else f"{mean:.1f}{spread}"
+
+
 def last_score(group: Group) -> list[str]:
     """Frames and `mean ± std` of the last evaluation that all seeds have."""
     steps, returns = curve(group)
@@ -257,27 +265,32 @@ def last_score(group: Group) -> list[str]:
         return ["–", "–"]
     end = returns[:, -1]
     if len(end) > 1:
-        return [frames(steps[-1]), f"{end.mean():.1f} ± {end.std():.1f}"]
+        return [frames(steps[-1]), score(end.mean(), end.std())]
     mean, std = group.runs[0].evaluations[steps[-1]]
-    return [frames(steps[-1]), f"{mean:.1f}" + ("" if np.isnan(std) else f" ± {std:.1f} †")]
+    return [frames(steps[-1]), score(mean, std) + ("" if np.isnan(std) else " †")]
+
+
+def markdown(rows: list[list]) -> list[str]:
+    """Lines of a table; the first of `rows` is its head."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
 def table(groups: list[Group], references: list[dict]) -> str:
     """Markdown: per task the last evaluation of each group, then the published scores."""
-    rows = [["task", "algorithm", "settings", "seeds", "frames", "return"], ["---"] * 6]
+    rows = [["task", "algorithm", "settings", "seeds", "frames", "return"]]
     used = {}
     for task, members in groupby(groups, key=lambda group: group.task):
         for group in members:
             label = f"**{group.algo}**"
             rows.append([task, label, group.settings, len(group.runs), *last_score(group)])
         for row in (row for row in references if row["task"] == task):
-            spread = f" ± {float(row['std']):.1f}" if row["std"] else ""
-            score = f"{float(row['mean']):.1f}{spread}"
+            published = score(float(row["mean"]), float(row["std"] or "nan"))
             at = frames(int(row["frames"]))
-            rows.append([task, row["method"], "published", row["seeds"] or "–", at, score])
+            rows.append([task, row["method"], "published", row["seeds"] or "–", at, published])
             used[row["method"]] = row["what"]
-    cells = ([str(cell).replace("|", "\\|") for cell in row] for row in rows)
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    lines = markdown(rows)
     lines += ["", "Bold: this repository, mean ± population standard deviation over seeds."]
     if any("†" in line for line in lines):
         lines += ["", "† One seed: ± is over the episodes of that evaluation, not over seeds."]
@@ -285,6 +298,26 @@ def table(groups: list[Group], references: list[dict]) -> str:
         lines += ["", "What the published numbers are, as their sources give them:", ""]
         lines += [f"- {method}: {what}." for method, what in sorted(used.items())]
     return "\n".join(lines) + "\n"
+
+
+def each_run(groups: list[Group]) -> str:
+    """Markdown: a row a run, its mean returns on the way, its last evaluation and its hours.
+
+    On the way means at fifths of the frames of the longest run, interpolated as in `curve`.
+    """
+    runs = [(group, run) for group in groups for run in group.runs]
+    fifths = np.arange(1, 5) * max(run.last for _, run in runs) / 5
+    head = ["task", "algorithm", "settings", "seed", *map(frames, fifths), "last", "at", "hours"]
+    rows = [head]
+    for group, run in runs:
+        means, end = [mean for mean, _ in run.evaluations.values()], run.last
+        way = np.interp(fifths, list(run.evaluations), means, np.nan, np.nan)
+        last = [score(*run.evaluations[end]), frames(end)]
+        hours = "–" if np.isnan(run.hours) else f"{run.hours:.2f}"
+        name = [group.task, group.algo, group.settings, run.config["seed"]]
+        rows.append([*name, *map(score, way), *last, hours])
+    text = "Mean returns of evaluations; of the last with ± over its episodes."
+    return "\n".join([*markdown(rows), "", text]) + "\n"
 
 
 def figure(groups: list[Group], references: list[dict]):
@@ -395,7 +428,8 @@ def make(runs: list[str], out: Path, words: list[str]) -> None:
     image = figure(groups, references)
     out.mkdir(parents=True, exist_ok=True)
     image.savefig(out / "curves.png")
-    (out / "scores.md").write_text(table(groups, references), encoding="utf-8")
+    scores = f"{table(groups, references)}\n## Each run\n\n{each_run(groups)}"
+    (out / "scores.md").write_text(scores, encoding="utf-8")
     (out / "scores.csv").write_text(scores_csv(groups), encoding="utf-8")
     for line in notes + remarks(groups):
         print(f"plot.py: {line}", file=sys.stderr)

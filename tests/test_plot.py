@@ -240,6 +240,32 @@ def test_the_table_without_what_is_not_known(make_run, tmp_path):
     assert "†" not in text
 
 
+def test_the_table_of_each_run(make_run, tmp_path):
+    folder = make_run([1.0, 2.0, 4.0, 8.0, 16.0])
+    with (folder / "metrics.jsonl").open("a") as file:
+        for hours in (1.25, 1.5):  # it was restored, and went on
+            file.write(f'{{"step": 50000, "time/hours": {hours}}}\n')
+    make_run([5.0, 7.5], seed=2)
+    row = {"step": 15_000, "eval/return_mean": 9.0}  # without a spread, between two columns
+    (make_run([], algo="Dreamerv2") / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert plot.each_run(groups_of(tmp_path)).splitlines()[:5] == [
+        "| task | algorithm | settings | seed | 10K | 20K | 30K | 40K | last | at | hours |",
+        "| " + " | ".join(["---"] * 11) + " |",
+        "| walker-walk | Dreamerv1 | small, default | 1 "
+        "| 1.0 | 2.0 | 4.0 | 8.0 | 16.0 ± 2.5 | 50K | 1.50 |",
+        "| walker-walk | Dreamerv1 | small, default | 2 "
+        "| 5.0 | 7.5 | – | – | 7.5 ± 2.5 | 20K | – |",
+        "| walker-walk | Dreamerv2 | small, default | 1 | – | – | – | – | 9.0 | 15K | – |",
+    ]
+
+
+def test_on_the_way_is_interpolated_between_evaluations(make_run, tmp_path):
+    make_run([0.0, 10.0, 20.0])
+    row = plot.each_run(groups_of(tmp_path)).splitlines()[2]
+    # At 6K frames nothing is known.
+    assert "| 1 | – | 2.0 | 8.0 | 14.0 | 20.0 ± 2.5 | 30K |" in row
+
+
 def test_the_command_writes_all(make_run, tmp_path, capsys):
     make_run([1.5, 10.0])
     make_run([2.0, 20.0], seed=2)
@@ -262,6 +288,7 @@ def test_the_command_writes_all(make_run, tmp_path, capsys):
     wide = ["walker-walk", "Dreamerv2", "1", "10000", "4.0", "small, wide, batch_size=32"]
     assert wide in rows and len(rows) == 1 + 8
     assert "| fish-swim | **Dreamerv1** |" in (tmp_path / "out" / "scores.md").read_text("utf-8")
+    assert "| fish-swim | Dreamerv1 |" in (tmp_path / "out" / "scores.md").read_text("utf-8")
     image = matplotlib.image.imread(tmp_path / "out" / "curves.png")
     assert image.shape[1] == 1800 and 1000 < image.shape[0] < 2500
     assert (image[..., :3].min(-1) < 0.9).mean() > 0.01
