@@ -316,7 +316,7 @@ def each_run(groups: list[Group]) -> str:
         hours = "–" if np.isnan(run.hours) else f"{run.hours:.2f}"
         name = [group.task, group.algo, group.settings, run.config["seed"]]
         rows.append([*name, *map(score, way), *last, hours])
-    text = "Mean returns of evaluations; of the last with ± over its episodes."
+    text = "Means of evaluations; ± of the last is the standard deviation over its episodes."
     return "\n".join([*markdown(rows), "", text]) + "\n"
 
 
