@@ -16,7 +16,6 @@ Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/ab
 """
 
 import argparse
-import errno
 import json
 import math
 import sys
@@ -82,7 +81,7 @@ def flag(default, help, *aliases, **options):
 
 
 def number_or_none(text: str) -> float | None:
-    """A number, or None for the word."""
+    """A number, or None for the word `none`."""
     return None if text.lower() == "none" else float(text)
 
 
@@ -202,7 +201,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve(given: dict, saved: dict | None = None, may_change=frozenset(MAY_CHANGE)) -> Config:
+def resolve(given: dict, saved: dict | None = None, may_change: set = MAY_CHANGE) -> Config:
     """The configuration of a run: the defaults, under the saved run's, under the flags given.
 
     Args:
@@ -370,9 +369,10 @@ class Dreamer(nn.Module):
         c = self.config = config
         self.actions, self.device = actions, device
         features = c.stoch_size + c.deter_size
+        encoder = ConvEncoder(c.cnn_depth)
         world = {
-            "encoder": ConvEncoder(c.cnn_depth),
-            "rssm": RSSM(actions, 32 * c.cnn_depth, c.stoch_size, c.deter_size, c.hidden_size),
+            "encoder": encoder,
+            "rssm": RSSM(actions, encoder.embed_size, c.stoch_size, c.deter_size, c.hidden_size),
             "decoder": ConvDecoder(features, c.cnn_depth),
             "reward": DenseDecoder(features, 2, c.num_units),
         }
@@ -383,7 +383,6 @@ class Dreamer(nn.Module):
         self.value = DenseDecoder(features, 3, c.num_units)
         self.apply(init_as_keras)
         self.to(device=device, memory_format=torch.channels_last)
-        # Ordinary attributes: an optimizer is no module, and `state` below saves all of them.
         rates = {
             "world": c.model_learning_rate,
             "actor": c.actor_learning_rate,
@@ -392,24 +391,25 @@ class Dreamer(nn.Module):
         self.captures = device.type == "cuda" and not c.eager
         if self.captures:  # a graph reads the rates where they lie
             rates = {name: torch.tensor(lr, device=device) for name, lr in rates.items()}
-        options = {"eps": c.adam_epsilon, "fused": True, "capturable": self.captures}
+        adam = {"eps": c.adam_epsilon, "fused": True, "capturable": self.captures}
+        # Optimizers and scalers are no modules: `state` below saves them beside the `state_dict`.
         self.optimizers = {
-            name: torch.optim.Adam(getattr(self, name).parameters(), lr, **options)
+            name: torch.optim.Adam(getattr(self, name).parameters(), lr, **adam)
             for name, lr in rates.items()
         }
-        self._batch, self._replay = None, None  # the captured gradient step's input; the step
+        self._captured_batch, self._captured_step = None, None
         self._policies = {}
-        self.half = self._half_type()
+        self.precision = self._precision()
         # One each: the model's gradients overflow at scales where the actor's would underflow, and
         # from the usual 2^16 the model would miss its first steps while the actor learns in it.
-        options = {"enabled": self.half == torch.float16, "growth_interval": 200}
+        scaling = {"enabled": self.precision == torch.float16, "growth_interval": 200}
         scales = {"world": 2.0**5, "actor": 2.0**16, "value": 2.0**16}
         self.scalers = {
-            name: torch.amp.GradScaler(device.type, scale, **options)
+            name: torch.amp.GradScaler(device.type, scale, **scaling)
             for name, scale in scales.items()
         }
 
-    def _half_type(self) -> torch.dtype | None:
+    def _precision(self) -> torch.dtype:
         choice = self.config.precision
         if self.device.type == "cuda":
             sm80 = torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -418,13 +418,14 @@ class Dreamer(nn.Module):
             choice = ("bf16" if sm80 else "fp16") if choice == "auto" else choice
         elif choice == "auto":
             choice = "fp32"
-        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+        types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return types[choice]
 
     def autocast(self):
         """A context for forward passes, of half precision where that was chosen."""
-        if self.half is None:
+        if self.precision == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.half)
+        return torch.autocast(self.device.type, self.precision)
 
     # ------------------------------------------------------------------------- acting
 
@@ -434,7 +435,7 @@ class Dreamer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         return self.actor.net[0].weight.dtype
 
     @torch.no_grad()
@@ -442,8 +443,8 @@ class Dreamer(nn.Module):
         """The next actions of N environments, (N, A), and the state that they were chosen in.
 
         `image` (N, 64, 64, 3) uint8 is what `action` (N, A) led to from `state`. With `explore` a
-        sample plus noise, clipped to [-1, 1]; without it the mode of the policy. `state` may be of
-        a multiple of N rows, all of which go on: the first N act.
+        sample plus noise, clipped to [-1, 1]; without it the mode of the policy. `state` may have
+        a multiple of N rows (see `Policy`): all go on, the first N choose the actions.
         """
         with self.autocast():
             embed = self.world.encoder(self.pixels(image))
@@ -554,7 +555,8 @@ class Dreamer(nn.Module):
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
         # Autocast keeps its casts of trained weights only: frozen ones it would cast at every step.
-        with frozen(self.world) if self.half is None else nullcontext():
+        full = self.precision == torch.float32
+        with frozen(self.world) if full else nullcontext():
             feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
             if c.use_disc_model:
@@ -584,7 +586,7 @@ class Dreamer(nn.Module):
         with self.autocast():
             losses, more = self.behaviour_losses(post)
         metrics.update(more)
-        # The actor's graph runs through the value's: the value's gradient comes first, keeps it.
+        # The actor's loss runs through the value's graph too: the first backward pass keeps it.
         self._backward("value", losses["value"], metrics, retain_graph=True)
         self._backward("actor", losses["actor"], metrics)
         return {name: value.detach() for name, value in metrics.items()}
@@ -601,13 +603,13 @@ class Dreamer(nn.Module):
             group["lr"] = group["lr"].fill_(rate) if self.captures else rate
         if not self.captures:
             return self._update(batch)
-        if self._replay is None:
-            self._batch = {key: value.clone() for key, value in batch.items()}
-            step, undo = lambda: self._update(self._batch), self._undo()
-            self._replay = utils.capture(step, self.device, undo)
+        if self._captured_step is None:
+            self._captured_batch = {key: value.clone() for key, value in batch.items()}
+            step, undo = lambda: self._update(self._captured_batch), self._undo()
+            self._captured_step = utils.capture(step, self.device, undo)
         for key, value in batch.items():
-            self._batch[key].copy_(value)
-        return self._replay()
+            self._captured_batch[key].copy_(value)
+        return self._captured_step()
 
     def _update(self, batch: dict) -> dict:
         metrics = self.gradients(batch)
@@ -658,7 +660,7 @@ class Dreamer(nn.Module):
                         tensor.copy_(moments[p][key]) if p in moments else tensor.zero_()
             for name, scaler in self.scalers.items():
                 if scaler.is_enabled():
-                    scaler.update(scales[name]["scale"])  # forgets what was unscaled, not stepped
+                    scaler.update(scales[name]["scale"])  # ends a step that was begun by `unscale_`
                     scaler.load_state_dict(scales[name])
 
         return undo
@@ -682,7 +684,7 @@ class Dreamer(nn.Module):
             options = optimizer.state_dict()["param_groups"]
             moments = state["optimizers"][name]["state"]
             optimizer.load_state_dict({"state": moments, "param_groups": options})
-        self._replay = None  # it knows the optimizers' old tensors
+        self._captured_step = None  # it knows the optimizers' old tensors
         for name, scale in state.get("scalers", {}).items():
             if scale:  # none where it was not in use
                 self.scalers[name].load_state_dict(scale)
@@ -754,15 +756,12 @@ class Recorder:
     """The rows of an episode as they come, and the arrays that the replay takes."""
 
     def __init__(self, frame: np.ndarray, actions: int):
-        self.rows, self.over = [], False
-        self._add(frame, np.zeros(actions), 0.0, False)
-
-    def _add(self, frame, action, reward, terminated) -> None:
-        self.rows.append((frame, action, reward, 0.0 if terminated else 1.0))
+        self.rows = []
+        self.add(np.zeros(actions), frame, 0.0, False, False)
 
     def add(self, action, frame, reward, terminated, truncated) -> None:
         """A row: `action`, and what the environment's `step` returned for it."""
-        self._add(frame, action, reward, terminated)
+        self.rows.append((frame, action, reward, 0.0 if terminated else 1.0))
         self.over = terminated or truncated
 
     def episode(self) -> dict:
@@ -777,7 +776,7 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     """One whole episode as arrays, and its frames; random actions without an agent.
 
     The environment and its action space are seeded with `seed`, so the episode depends on that,
-    on the agent and on torch's generator alone. If a stop comes in between, nothing was drawn.
+    on the agent and on torch's generator alone. A stop in between puts that generator back.
     """
     before = utils.random_state()
     frame, _ = env.reset(seed=seed)
@@ -806,14 +805,14 @@ def make_evaluation_envs(config: Config):
     return env_wrapper.make_vector_env(c.eval_episodes, parallel, *arguments)
 
 
-def evaluate(agent: Dreamer, config: Config, envs, stop: utils.StopSignal) -> list[dict]:
+def evaluate(agent: Dreamer, envs, stop: utils.StopSignal) -> list[dict]:
     """Plays an episode in each of `envs` with the policy's mode, in lockstep, and returns them.
 
     Nothing that training uses is touched: the environments are others, seeded otherwise, and the
     generators are put back. The same weights give the same episodes. Beside the replay's arrays
     an episode holds its `seed` and its `return`.
     """
-    seeds = [utils.stream_seed(config.seed, EVALUATION, i) for i in range(envs.num_envs)]
+    seeds = [utils.stream_seed(agent.config.seed, EVALUATION, i) for i in range(envs.num_envs)]
     with utils.isolated_random(seeds[0]):
         frames, _ = envs.reset(seed=seeds)
         recorders = [Recorder(frame, agent.actions) for frame in frames]
@@ -823,7 +822,7 @@ def evaluate(agent: Dreamer, config: Config, envs, stop: utils.StopSignal) -> li
             actions = policy(frames)
             frames, *outcomes, _ = envs.step(actions)
             for recorder, *row in zip(recorders, actions, frames, *outcomes):
-                if not recorder.over:  # one that is starts another, which is ignored
+                if not recorder.over:  # an environment starts anew by itself; that is ignored
                     recorder.add(*row)
     episodes = [recorder.episode() for recorder in recorders]
     return [
@@ -891,7 +890,7 @@ class Progress:
     last_return: float = math.nan
     best_return: float = -math.inf
     best_step: int = -1
-    seconds: float = 0.0  # that the run had taken, without what restores cut off
+    seconds: float = 0.0  # that the run took up to here, without what restores cut off
 
 
 class Trainer:
@@ -916,17 +915,17 @@ class Trainer:
             "checkpoint": utils.Every(config.checkpoint_interval),
         }
         self.metrics = utils.MeanMetrics()
-        self.times = []  # seconds of sampling and of updating, a gradient step
+        self.times = []  # (sampling, updating) seconds of each gradient step
         self.sampler, self.ahead = ThreadPoolExecutor(1), (None, None)
         networks = self.agent.optimizers
         self.watched_names = [f"loss/{name}" for name in networks]
-        self.scalers = [s for s in self.agent.scalers.values() if s.is_enabled()]
-        if not self.scalers:  # with loss scaling a gradient may overflow
+        # With loss scaling a gradient may overflow.
+        if not any(scaler.is_enabled() for scaler in self.agent.scalers.values()):
             self.watched_names += [f"grad_norm/{name}" for name in networks]
         self.watched = []  # what must be finite, of the gradient steps not yet looked at
-        self.names = []  # files of the episodes seen, oldest first
-        self.files = None  # sizes of the log files at the checkpoint that is restored
-        self.text = ""  # the last losses, for the bar
+        self.episode_files = []  # files of the episodes seen, oldest first
+        self.log_sizes = None  # sizes of the log files at the checkpoint that is restored
+        self.losses_text = ""  # the last losses, for the bar
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
         c = self.config
@@ -944,14 +943,16 @@ class Trainer:
         fits = rows <= rows_for(utils.free_memory_gb(self.device) / 2, actions)
         return replay_buffer.ReplayBuffer(rows, actions, self.device if fits else "cpu")
 
+    @property
+    def complete(self) -> bool:
+        """Whether the evaluation of the run's end has been made."""
+        return self.every["evaluation"].last >= self.config.total_steps
+
     # ----------------------------------------------------------------- the loop
 
     def run(self) -> None:
         """Trains until `total_steps`; a signal or the time limit leaves an exact checkpoint."""
         p = self.progress
-        if self.every["evaluation"].last >= self.config.total_steps:
-            print(f"this run is complete: {p.step} frames (raise --total-steps to go on)")
-            return
         self.open_logs()
         try:
             if not p.step:
@@ -975,7 +976,7 @@ class Trainer:
 
     def open_logs(self) -> None:
         self.started = time.monotonic() - self.progress.seconds
-        self.logger = utils.Logger(self.folder, self.files)
+        self.logger = utils.Logger(self.folder, self.log_sizes)
         self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
 
     def close(self) -> None:
@@ -1008,8 +1009,8 @@ class Trainer:
             self.times = []
             self.logger.scalars(p.step, values)
             names = ("image", "reward", "actor", "value")
-            self.text = "  ".join(f"{name} {values['loss/' + name]:.4g}" for name in names)
-        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.text}")
+            self.losses_text = "  ".join(f"{name} {values['loss/' + name]:.4g}" for name in names)
+        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.losses_text}")
 
     def batch(self, number: int) -> dict:
         """The batch of gradient step `number`, on the device; uint8 frames."""
@@ -1035,12 +1036,13 @@ class Trainer:
 
         Raises:
             utils.RunError: naming the gradient step, what was not finite, the batch, and the
-                last checkpoint, which was written after a look like this one.
+                last checkpoint, which is good: `save` looks here first.
         """
         if not self.watched:
             return
         # Before a scale reaches 0, whose inverse is inf.
-        if any(scaler.get_scale() < 1e-6 for scaler in self.scalers):
+        scales = [s.get_scale() for s in self.agent.scalers.values() if s.is_enabled()]
+        if scales and min(scales) < 1e-6:
             raise utils.RunError(
                 f"gradient step {self.progress.updates}: gradients overflow float16 at every loss "
                 "scale; go on with --restore --precision fp32"
@@ -1084,7 +1086,7 @@ class Trainer:
                 "time/collect_fps": frames / seconds,
             },
         )
-        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.text}")
+        self.bar.update(p.step, f"return {p.last_return:.0f}  {self.losses_text}")
 
     def end_iteration(self) -> bool:
         """Evaluation, video and checkpoint where due; true if the run is complete."""
@@ -1106,7 +1108,7 @@ class Trainer:
     def play(self) -> list[dict]:
         """The episodes of an evaluation."""
         self.evaluation_envs = self.evaluation_envs or make_evaluation_envs(self.config)
-        return evaluate(self.agent, self.config, self.evaluation_envs, self.stop)
+        return evaluate(self.agent, self.evaluation_envs, self.stop)
 
     def evaluate(self) -> bool:
         """Evaluates, with videos where due; true if this was the best evaluation so far."""
@@ -1130,8 +1132,8 @@ class Trainer:
         self.every["evaluation"].fired(p.step)
         if self.every["video"].due(p.step):
             self.every["video"].fired(p.step)
-            every, fps = frames_to_show(self.env)
-            self.logger.video(p.step, "evaluation", episodes[0]["image"][::every][:250], fps)
+            stride, fps = frames_to_show(self.env)
+            self.logger.video(p.step, "evaluation", episodes[0]["image"][::stride][:250], fps)
             self.logger.video(p.step, "open_loop", dream_video(self.agent, episodes[:4]), 10)
         if mean > p.best_return:
             p.best_return, p.best_step = mean, p.step
@@ -1145,7 +1147,7 @@ class Trainer:
         name = replay_buffer.episode_name(episode)
         with utils.atomic_file(self.folder / "episodes" / name) as file:
             replay_buffer.write_episode(file, episode)
-        self.names.append(name)
+        self.episode_files.append(name)
 
     def save(self) -> None:
         """Writes a checkpoint and removes those that are no longer kept."""
@@ -1160,7 +1162,7 @@ class Trainer:
             "every": {name: trigger.last for name, trigger in self.every.items()},
             "metrics": self.metrics.state_dict(),
             "random": utils.random_state(),
-            "episodes": self.names,
+            "episodes": self.episode_files,
             "files": self.logger.state_dict(),
         }
         utils.save_checkpoint(folder / f"{self.progress.step}.pt", state)
@@ -1171,6 +1173,7 @@ class Trainer:
 
         A damaged episode is moved to `episodes/damaged/` and named. The episodes, checkpoints and
         rows of the logs that came after the checkpoint are removed: they will come again, the same.
+        If the run was complete at the checkpoint none will come, and nothing is read or removed.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.
@@ -1179,8 +1182,10 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         for name, last in state["every"].items():
             self.every[name].last = last
+        if self.complete:
+            return
         self.metrics.load_state_dict(state["metrics"])
-        self.files = state["files"]
+        self.log_sizes = state["files"]
         for name in utils.bar(state["episodes"], "replay"):
             self.stop.check()
             self.load_episode(self.folder / "episodes" / name)
@@ -1193,7 +1198,7 @@ class Trainer:
         """An episode from disk into the replay, or out of the way."""
         try:
             self.replay.add(replay_buffer.load_episode(path, self.agent.actions))
-            self.names.append(path.name)
+            self.episode_files.append(path.name)
         except replay_buffer.DamagedEpisode as error:
             if path.exists():
                 aside = path.parent / "damaged"
@@ -1206,7 +1211,7 @@ class Trainer:
     def forget_after(self, step: int) -> None:
         """Removes episodes that are not in the replay's list, and checkpoints later than `step`."""
         for path in (self.folder / "episodes").glob("*.npz"):
-            if path.name not in self.names:
+            if path.name not in self.episode_files:
                 path.unlink()
         for path in utils.checkpoints(self.folder / "checkpoints"):
             if int(path.stem) > step:
@@ -1382,6 +1387,8 @@ def train_command(modes: dict, given: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with utils.run_lock(folder), utils.StopSignal(config.max_hours) as stop:
         path, state = find_checkpoint(modes, folder) if saved else (None, None)
+        if path and not lies_in(path, folder):
+            raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
         if not path and any(part.stat().st_size for part in found):
             raise utils.RunError(
                 f"{folder} has lost its checkpoints: put one back, or --exp NAME starts another run"
@@ -1390,12 +1397,14 @@ def train_command(modes: dict, given: dict) -> None:
             (folder / name).mkdir(exist_ok=True)
             utils.clear_temporaries(folder / name)
         trainer = Trainer(config, folder, stop)
-        describe(config, folder, trainer)
+        describe(trainer)
         if path:
-            if not lies_in(path, folder):
-                raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
             trainer.restore(state)
         print(f"from {path or 'the start'}", flush=True)
+        if trainer.complete:
+            frames = trainer.progress.step
+            print(f"this run is complete: {frames} frames (raise --total-steps to go on)")
+            return
         utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
 
@@ -1418,13 +1427,13 @@ def evaluate_command(modes: dict, given: dict) -> None:
         actions = envs.single_action_space.shape[0]
         agent = Dreamer(config, actions, pick_device(config.device))
         load_agent(agent, state)
-        episodes = evaluate(agent, config, envs, stop)
-    write_evaluation(agent, config, state["progress"]["step"], path, episodes)
+        episodes = evaluate(agent, envs, stop)
+    write_evaluation(agent, state["progress"]["step"], path, episodes)
 
 
-def write_evaluation(agent, config: Config, step: int, path: Path, episodes: list[dict]) -> None:
+def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]) -> None:
     """Prints the returns; writes their JSON, GIFs of the best and the worst episode, a dream."""
-    returns = [e["return"] for e in episodes]
+    config, returns = agent.config, [e["return"] for e in episodes]
     for number, each in enumerate(returns, 1):
         print(f"episode {number}: return {each:.1f}")
     print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
@@ -1436,7 +1445,7 @@ def write_evaluation(agent, config: Config, step: int, path: Path, episodes: lis
         "algo": config.algo,
         "step": step,
         "device": str(agent.device),
-        "precision": str(agent.half or torch.float32),
+        "precision": str(agent.precision),
         "return_mean": float(np.mean(returns)),
         "return_std": float(np.std(returns)),
         "episodes": [
@@ -1503,14 +1512,14 @@ def benchmark(trainer: Trainer) -> dict:
     peak_memory = utils.peak_memory_gb(trainer.device)
     with FlopCounterMode(display=False) as counter:
         agent._update(batch)  # not captured: the counter sees no operation of a graph
-    matmul = utils.matmul_flops(trainer.device, agent.half)
+    matmul = utils.matmul_flops(trainer.device, agent.precision)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = seconds_of(trainer.play, 1)
     work = work_of_run(c, frames)
     seconds = random_seconds, update_seconds, collect_seconds, evaluation_seconds
     return {
         "device": str(trainer.device),
-        "precision": str(agent.half or torch.float32),
+        "precision": str(agent.precision),
         "preset": c.preset,
         "environment frames/s": frames / random_seconds,
         "times the suite's own": suite_seconds / random_seconds,
@@ -1546,29 +1555,18 @@ def work_of_run(config: Config, frames: int) -> tuple[int, int, int, int]:
     return prefill, updates, iterations * collected, evaluations
 
 
-def describe(config: Config, folder: Path, trainer: Trainer) -> None:
+def describe(trainer: Trainer) -> None:
     """Prints the resolved settings, so that a log says what was run."""
-    device, half = trainer.device, trainer.agent.half
+    device, config = trainer.device, trainer.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"run {folder} on {name} in {half or torch.float32}, preset {config.preset}")
+    precision = trainer.agent.precision
+    print(f"run {trainer.folder} on {name} in {precision}, preset {config.preset}")
     print("  ".join(f"{key}={value}" for key, value in asdict(config).items()))
     print(f"replay: {trainer.replay}", flush=True)
 
 
 # What a user can mend: one line each, exit code 2.
-USER_ERRORS = (
-    utils.RunError,
-    env_wrapper.UnknownTask,
-    env_wrapper.NoRenderer,
-    env_wrapper.NoSuite,
-    env_wrapper.WorkerDied,
-    replay_buffer.ReplayError,
-)
-DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.ENOTCONN, errno.EMFILE,
-    errno.ENOENT, errno.EBUSY, errno.ESTALE,
-}  # fmt: skip
+USER_ERRORS = (utils.RunError, env_wrapper.EnvironmentProblem, replay_buffer.ReplayError)
 
 
 def command(argv: list[str]) -> None:
@@ -1615,9 +1613,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def machine_error(error: Exception) -> str | None:
     """What is wrong with the machine rather than with the program, in one line; or None."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError):  # of a disk or a mount, nearly always
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}" if error.errno in DISK_ERRORS else None
+        return f"{error.strerror}{place}" if error.strerror else None
     # On a CPU, PyTorch's allocator has no exception of its own.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return "out of memory; a new run takes less with a lower --buffer-gb or --batch-size"

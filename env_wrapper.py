@@ -42,19 +42,23 @@ QUALITY = {
 }
 
 
-class UnknownTask(ValueError):
+class EnvironmentProblem(RuntimeError):
+    """What the user can mend; the message says how."""
+
+
+class UnknownTask(EnvironmentProblem):
     """The suite has no task of that name."""
 
 
-class NoRenderer(RuntimeError):
+class NoRenderer(EnvironmentProblem):
     """No GL back-end can make a context."""
 
 
-class NoSuite(RuntimeError):
+class NoSuite(EnvironmentProblem):
     """dm_control cannot be imported."""
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(EnvironmentProblem):
     """A process of an environment is gone: killed, for want of memory perhaps."""
 
 
@@ -65,7 +69,8 @@ context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)  # GLFW fails only here
 context.free()
 """
-_PROBED = "DREAMER_GL"  # a variable: what made a context here, for the processes of this one
+# An environment variable that this process leaves to its children: what made a context here.
+_PROBED = "DREAMER_GL"
 _NO_RENDERER = "no OpenGL back-end can render here: neither EGL nor OSMesa makes a context."
 _PACKAGES = "On Debian, Ubuntu and Colab: apt-get install -y libegl1 libgl1-mesa-dri libosmesa6"
 
@@ -104,7 +109,7 @@ def _suite():
     choose_gl()
     import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # one deprecation warning a task otherwise
+    absl.logging.set_verbosity(absl.logging.ERROR)  # each task would warn of a deprecation
     try:
         from dm_control import suite
     except (AttributeError, ImportError, RuntimeError) as error:
@@ -278,7 +283,7 @@ def suites_own(task: str, frames: int, action_repeat: int) -> Callable[[], None]
 
 
 class _ParallelEnvs(gym.vector.AsyncVectorEnv):
-    """A process that is gone raises `WorkerDied`, where else a pipe would have ended somewhere."""
+    """A process that is gone raises `WorkerDied` instead of `EOFError` or a broken pipe."""
 
     def __init__(self, *arguments, **options):
         with self._workers():
@@ -309,8 +314,8 @@ class _ParallelEnvs(gym.vector.AsyncVectorEnv):
 def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     """`n` environments that are stepped together, `make_env(*arguments)` each.
 
-    In parallel each is a process of its own, which answers neither to Ctrl-C nor to SIGTERM, as
-    these may reach every process of a group: this one does, and closes the others.
+    In parallel each is a process of its own. These ignore Ctrl-C and SIGTERM, which may reach
+    every process of a group: the process that made them answers, and closes them.
 
     Raises:
         WorkerDied: one of these is gone; so do `reset` and `step`.
@@ -344,5 +349,5 @@ def _make_in_worker(parent: int, *arguments) -> gym.Env:
     if os.getpid() != parent:  # AsyncVectorEnv makes one in its own process too, to look at it
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa would start a thread a core in each
+        os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa would take all cores in each process
     return make_env(*arguments)

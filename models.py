@@ -81,7 +81,7 @@ class TanhNormal:
         return torch.tanh(self.rsample_before_tanh())
 
     def rsample_before_tanh(self) -> Tensor:
-        """Of which the tanh is a reparameterized sample, (..., A)."""
+        """The reparameterized sample before its tanh, (..., A)."""
         return self.mean + self.std * standard_normal(self.mean.shape, self.mean)
 
     def surprise(self, x: Tensor) -> Tensor:

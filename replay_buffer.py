@@ -107,9 +107,9 @@ class ReplayBuffer:
             "discount": torch.empty(capacity, device=device),
         }
         self._episodes = deque()  # (first row, rows) of each episode, oldest first
+        self._table = np.empty((0, 2), np.int64)  # the same, to compute with
         self._next = 0  # the row after the newest
         self.rows = 0  # rows in use
-        self._starts = {}  # sequence length -> (running total of the episodes' starts, first rows)
 
     @staticmethod
     def rows_for(gigabytes: float, actions: int) -> int:
@@ -150,21 +150,9 @@ class ReplayBuffer:
         for key, tensor in self._rows.items():
             tensor.index_copy_(0, where, torch.from_numpy(episode[key]).to(self.device))
         self._episodes.append((self._next, rows))
+        self._table = np.array(self._episodes, np.int64)
         self._next = (self._next + rows) % self.capacity
         self.rows += rows
-        self._starts.clear()
-
-    def _index(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        if length not in self._starts:
-            first, rows = np.array(self._episodes, np.int64).reshape(-1, 2).T
-            starts = np.maximum(rows - length + 1, 0)
-            if not starts.sum():
-                raise ReplayError(
-                    f"no episode has the {length} rows of a training sequence: "
-                    "lower --train-seq-len or raise --time-limit"
-                )
-            self._starts[length] = starts.cumsum(), first
-        return self._starts[length]
 
     def sample_rows(self, batch: int, length: int, seed, first_share: float = 0.0) -> np.ndarray:
         """Rows of `batch` sequences, (length, batch), each within one episode.
@@ -176,14 +164,20 @@ class ReplayBuffer:
         Raises:
             ReplayError: no episode is long enough.
         """
-        ends, first = self._index(length)
+        first, rows = self._table.T
+        starts = np.maximum(rows - length + 1, 0)  # of each episode
+        if not starts.any():
+            raise ReplayError(
+                f"no episode has the {length} rows of a training sequence: "
+                "lower --train-seq-len or raise --time-limit"
+            )
+        ends = starts.cumsum()
         rng = np.random.default_rng(seed)
         draw = rng.integers(ends[-1], size=batch)
         episode = np.searchsorted(ends, draw, side="right")
-        before = np.concatenate([[0], ends])[episode]
+        before = (ends - starts)[episode]  # starts of the episodes before it
         skipped = np.where(rng.random(batch) < first_share, 0, draw - before)
-        start = first[episode] + skipped
-        return (start + np.arange(length)[:, None]) % self.capacity
+        return (first[episode] + skipped + np.arange(length)[:, None]) % self.capacity
 
     def sample(self, batch: int, length: int, seed, first_share: float = 0.0) -> dict[str, Tensor]:
         """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`.

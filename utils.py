@@ -86,7 +86,7 @@ def write_json(path: Path, value) -> None:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes tensors and plain Python values, atomically."""
-    # By way of memory: PyTorch turns a full disk into an error of its own.
+    # In memory first: writing a file, PyTorch makes an error of its own of a full disk.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with atomic_file(path) as file:
@@ -257,7 +257,7 @@ class MeanMetrics:
         self.sums, self.count = {}, 0
 
     def add(self, metrics: dict) -> None:
-        """Adds one scalar tensor a name, without a synchronization."""
+        """Adds scalar tensors by name, without a synchronization."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
@@ -381,7 +381,7 @@ def encode_gif(frames: np.ndarray, fps: float, limit: int = 1_000_000) -> bytes:
     """A looping GIF of `frames` (T, height, width, 3) uint8.
 
     All frames share one palette of 128 colours, so that what stands still is stored once: a sixth
-    of the size that a palette a frame takes. A film of more than `limit` bytes loses its end.
+    of the size with a palette for each frame. A film of more than `limit` bytes loses its end.
     """
     sample = np.concatenate(list(frames[:: max(1, len(frames) // 8)]), axis=1)
     palette = Image.fromarray(sample).quantize(128, dither=Image.Dither.NONE)
@@ -440,8 +440,9 @@ def capture(function, device: torch.device, undo=lambda: None):
                 for _ in range(3):
                     function()
             main.wait_stream(side)
-            # Another thread may draw the next batch meanwhile. On the stream of the first calls,
-            # so that graphs share no workspace of cuBLAS: one that goes would take it along.
+            # Another thread may draw the next batch meanwhile. The stream is that of the first
+            # calls, so that each graph has its own workspace of cuBLAS: a shared one would be freed
+            # with the first graph.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 try:
                     output = function()
@@ -496,17 +497,17 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype | None) -> float:
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this machine in a square matrix product that fills it, median of five."""
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / median_seconds(device, lambda: a @ a, 5)
 
 
 def tune_process() -> None:
     """Settings of this process that its speed depends on; before anything is computed.
 
-    Denormal numbers count as zero. Convolutions in float32 are that on a card too, not TF32. And
+    Denormal numbers count as zero. On a card, convolutions in float32 do not use TF32. And
     what is freed is kept: glibc gives a large block back to the system, which clears it page by
     page when the next one is wanted, a fifth of the time of a full-size gradient step
     (results/benchmark.md).
@@ -524,8 +525,8 @@ def tune_process() -> None:
 def one_thread():
     """Inside, PyTorch computes with one thread.
 
-    For much small work between other work: threads of PyTorch that wait for more keep their cores
-    busy, which slows what else would run there, as software rendering does.
+    For many small calls between other work: while PyTorch's threads wait for the next call they
+    keep their cores busy, which slows what else needs these, as software rendering does.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -4,8 +4,8 @@
     python results/plot.py runs/walker-walk runs/cheetah-run/Dreamerv2 --out results/new
     python results/plot.py runs --references DrQ "MR.Q" --out results/new
 
-RUN is the folder of a run, or any folder above runs. Written are `curves.png`, `scores.md` and
-`scores.csv` (one row an evaluation of a seed). Runs are averaged over seeds only if they have the
+RUN is the folder of a run, or any folder above runs. It writes `curves.png`, `scores.md` and
+`scores.csv` (one row per evaluation of a seed). Runs are averaged over seeds only if they have the
 same settings; otherwise they become curves and rows of their own, named by what differs.
 
 The published scores are those of `reference_scores.csv`, at 100K frames.
@@ -62,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one task, algorithm and settings, one a seed.
+    """Runs of one task, algorithm and settings, one per seed.
 
     `differ` says what sets it apart from the other groups of its task and algorithm, and is empty
     if there is none. `settings` names it with its preset and experiments. `twins` are runs of a
@@ -152,35 +152,42 @@ def load_references(path: Path, words: list[str]) -> list[dict]:
 # --------------------------------------------------------------------------- grouping, statistics
 
 
+def settings_of(run: Run) -> dict:
+    """The settings of a run that change what is learned."""
+    return {key: value for key, value in run.config.items() if key not in IGNORED}
+
+
+def differing(mine: dict, siblings: list[dict]) -> list[str]:
+    """`key=value` where some of `siblings` differ from `mine`; only those of its preset count.
+
+    A preset's name stands for its sizes, so between presets it is not spelt out what differs.
+    """
+    others = [other for other in siblings if other["preset"] == mine["preset"]]
+    keys = dict.fromkeys(key for other in others for key in other)
+    values = {key: [c.get(key, "unset") for c in (mine, *others)] for key in keys}
+    return [f"{k}={v[0]}" for k, v in values.items() if any(x != v[0] for x in v)]
+
+
 def group_runs(runs: list[Run]) -> list[Group]:
     """Groups by task, algorithm and settings, in this order. `runs`: with evaluations."""
-
-    def settings(run):
-        return {key: value for key, value in run.config.items() if key not in IGNORED}
-
     together = {}
     for run in runs:
-        name = run.config["env"], run.config["algo"], json.dumps(settings(run), sort_keys=True)
+        name = run.config["env"], run.config["algo"], json.dumps(settings_of(run), sort_keys=True)
         together.setdefault(name, []).append(run)
     groups = []
     for (task, algo), names in groupby(sorted(together), key=lambda name: name[:2]):
         siblings = [together[name] for name in names]
         for members in siblings:
-            # A preset's name stands for its sizes, so only within it is spelt out what differs.
-            mine = settings(members[0])
-            others = [settings(other[0]) for other in siblings]
-            others = [other for other in others if other["preset"] == mine["preset"]]
-            keys = dict.fromkeys(key for other in others for key in other)
-            values = {key: [c.get(key, "unset") for c in (mine, *others)] for key in keys}
-            differ = [f"{k}={v[0]}" for k, v in values.items() if any(x != v[0] for x in v)]
+            mine, all_settings = settings_of(members[0]), [settings_of(s[0]) for s in siblings]
+            parts = differing(mine, all_settings)
             # Of a seed that was run twice, the run that got further.
             best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
             twins = [r for r in members if r is not best[r.config["seed"]]]
             kept = [best[seed] for seed in sorted(best)]
             exps = "+".join(sorted({run.config["exp"] for run in kept}))
-            label = ", ".join([mine["preset"], exps, *differ])
-            apart = ", ".join([mine["preset"], *differ]) if len(siblings) > 1 else ""
-            groups.append(Group(task, algo, kept, twins, apart, label))
+            settings = ", ".join([mine["preset"], exps, *parts])
+            differ = ", ".join([mine["preset"], *parts]) if len(siblings) > 1 else ""
+            groups.append(Group(task, algo, kept, twins, differ, settings))
     return groups
 
 
@@ -240,7 +247,7 @@ def frames(number: float) -> str:
 
 
 def scores_csv(groups: list[Group]) -> str:
-    """One row an evaluation of a seed, as it was measured."""
+    """One row per evaluation of a seed, as it was measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "algo", "seed", "step", "return", "settings"])
@@ -301,7 +308,7 @@ def table(groups: list[Group], references: list[dict]) -> str:
 
 
 def each_run(groups: list[Group]) -> str:
-    """Markdown: a row a run, its mean returns on the way, its last evaluation and its hours.
+    """Markdown: one row per run, its mean returns on the way, its last evaluation and its hours.
 
     On the way means at fifths of the frames of the longest run, interpolated as in `curve`.
     """
@@ -321,7 +328,7 @@ def each_run(groups: list[Group]) -> str:
 
 
 def figure(groups: list[Group], references: list[dict]):
-    """One panel a task: curves, their intervals, and a strip of published scores beside them."""
+    """One panel per task: curves, their intervals, and a strip of published scores beside them."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -382,7 +389,7 @@ def draw_panel(ax, task: str, groups: list[Group]) -> None:
 
 
 def draw_published(ax, rows: list[dict], methods: list[str]) -> dict:
-    """A strip at the right edge, one column a method, so that equal scores do not overlap.
+    """A strip at the right edge, one column per method, so that equal scores do not overlap.
 
     A mark has the colour of the algorithm that it is and a shape of its own. Returns the marks.
     """

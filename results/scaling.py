@@ -35,9 +35,10 @@ def write_run(config: dreamer.Config, folder: Path, episodes: int) -> Path:
             episode, frames = dreamer.collect_episode(trainer.env, None, number, stop)
             trainer.save_episode(episode)
         for number in range(DIFFERENT, episodes):
-            source = trainer.names[number % DIFFERENT]
-            trainer.names.append(f"{number}-{source}")
-            shutil.copy(folder / "episodes" / source, folder / "episodes" / trainer.names[-1])
+            source = trainer.episode_files[number % DIFFERENT]
+            copy = f"{number}-{source}"
+            trainer.episode_files.append(copy)
+            shutil.copy(folder / "episodes" / source, folder / "episodes" / copy)
         step = episodes * frames
         trainer.progress = dreamer.Progress(
             step, episodes, iterations=1, updates_left=config.update_steps, iteration_end=step + 1

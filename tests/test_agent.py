@@ -427,19 +427,19 @@ def test_precision_of_a_card(make_agent, monkeypatch, capability, expected):
     agent = make_agent()
     agent.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert agent._half_type() == getattr(torch, expected)
+    assert agent._precision() == getattr(torch, expected)
 
 
 def test_bfloat16_on_a_card_without_it_is_refused(make_agent, monkeypatch):
     """PyTorch would emulate it, or fail somewhere."""
     agent = make_agent(precision="bf16")
-    assert agent.half == torch.bfloat16  # on a CPU
+    assert agent.precision == torch.bfloat16  # on a CPU
     agent.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(utils.RunError, match="bf16"):
-        agent._half_type()
+        agent._precision()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert agent._half_type() == torch.bfloat16
+    assert agent._precision() == torch.bfloat16
 
 
 def test_everything_on_the_meta_device(make_agent, make_batch):
@@ -707,7 +707,7 @@ def test_an_evaluated_episode_ends_where_it_ends_and_others_go_on(make_agent):
     agent = make_agent()
     envs = gymnasium.vector.SyncVectorEnv([lambda: Clock(3, True), lambda: Clock(9, False)])
     with utils.StopSignal() as stop:
-        episodes = dreamer.evaluate(agent, agent.config, envs, stop)
+        episodes = dreamer.evaluate(agent, envs, stop)
     for episode, env in zip(episodes, envs.envs):
         assert_rows(episode, env, env.terminates)
         assert episode["return"] == episode["reward"].sum()

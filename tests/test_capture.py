@@ -70,7 +70,7 @@ def test_captured_steps_equal_eager_steps(pair, make_batch, more, scale):
             for number, batch in enumerate((first, second, first, second))
         ]
     captured, eager = agents
-    assert captured._replay.__name__ == "replay"
+    assert captured._captured_step.__name__ == "replay"
     assert captured.metrics == eager.metrics
     assert captured.metrics[1] != captured.metrics[3]
     assert_same(captured, eager)

@@ -238,7 +238,7 @@ def test_the_film_is_the_episode_that_was_evaluated(finished, monkeypatch):
     dreamer.load_agent(agent, state)
     with utils.StopSignal() as stop:
         envs = dreamer.make_evaluation_envs(config)
-        episode = dreamer.evaluate(agent, config, envs, stop)[1]
+        episode = dreamer.evaluate(agent, envs, stop)[1]
     seen = []
     step = dreamer.env_wrapper.ControlSuite.step
 
@@ -345,6 +345,18 @@ def test_a_run_that_was_extended_equals_one_that_was_never_stopped(finished, tmp
     one, two = last_state(folder(finished)), last_state(folder(tmp_path))
     for key in ("agent", "random"):
         assert plain(one[key]) == plain(two[key])
+
+
+def test_a_complete_run_is_left_as_it_is(finished, tmp_path, capsys):
+    """Also from an earlier checkpoint that was complete: nothing after it is forgotten."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    before = files_below(tmp_path)
+    early = folder(tmp_path) / "checkpoints" / "120.pt"
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    for more in ((), ("--total-steps=120", "--checkpoint-path", early)):
+        assert run("--train", "--restore", *words, *more) == 0
+        assert f"this run is complete: {120 if more else 240} frames" in capsys.readouterr().out
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.parametrize("moment", [1, 30, 47, 50, 75, 101, 160])

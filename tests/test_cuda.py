@@ -70,7 +70,7 @@ def test_captured_steps_equal_eager_steps(tiny_config, make_batch, monkeypatch, 
             {k: v.item() for k, v in agent.update(batch, number).items()}
             for number, batch in enumerate((first, second, first, second))
         ]
-    assert captured._replay is not None and captured._replay.__name__ == "replay"
+    assert captured._captured_step is not None and captured._captured_step.__name__ == "replay"
     tolerance = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 5e-2}[precision]
     for one, two in zip(captured.metrics, eager.metrics):
         assert one.keys() == two.keys()

@@ -6,16 +6,15 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium.utils.env_checker import check_env
 
 import env_wrapper
 
-ROOT = Path(env_wrapper.__file__).resolve().parent
 GL_VARIABLES = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY", "DREAMER_GL")
 
 

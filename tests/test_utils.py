@@ -9,21 +9,18 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import emulated_card
 import numpy as np
 import pytest
 import torch
-from conftest import Payload, mutations
+from conftest import ROOT, Payload, mutations
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils
 from utils import Every, Logger, MeanMetrics, RunError, Stopped, StopSignal
-
-ROOT = Path(utils.__file__).resolve().parent
 
 
 def names(folder):
