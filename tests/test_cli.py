@@ -1,6 +1,7 @@
 """The commands of the README on tiny runs of the real suite; every error that a user can mend."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -1010,6 +1011,13 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(dreamer.Dreamer, "update", broken)
     with pytest.raises(RuntimeError, match="a mistake"):
         train(tmp_path)
+
+
+def test_what_the_system_reports_is_one_line():
+    """Whatever its number; an error without one is the program's own."""
+    slow = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "a.npz")
+    assert dreamer.machine_error(slow) == f"{os.strerror(errno.ETIMEDOUT)}: a.npz"
+    assert dreamer.machine_error(OSError("cannot identify image file")) is None
 
 
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
