@@ -358,7 +358,7 @@ def figure(groups: list[Group], references: list[dict]):
             handles = [marks[method] for method in methods]
             (spare[0] if spare else fig).legend(handles, methods, title=title, **place)
         band = any(len(group.runs) > 1 for group in groups)
-        note = " (mean over seeds, 95 % interval)" if band else ""
+        note = " (mean; band: 95 % interval by bootstrap, of two seeds their range)" if band else ""
         fig.supylabel("evaluation return" + note, fontsize=9)
     return fig
 
