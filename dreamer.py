@@ -16,6 +16,7 @@ Dreamer v1: https://arxiv.org/abs/1912.01603    Dreamer v2: https://arxiv.org/ab
 """
 
 import argparse
+import errno
 import json
 import math
 import sys
@@ -1173,7 +1174,7 @@ class Trainer:
 
         A damaged episode is moved to `episodes/damaged/` and named. The episodes, checkpoints and
         rows of the logs that came after the checkpoint are removed: they will come again, the same.
-        If the run was complete at the checkpoint none will come, and nothing is read or removed.
+        If the run was complete at the checkpoint none will come, and nothing is removed.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.
@@ -1182,8 +1183,6 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         for name, last in state["every"].items():
             self.every[name].last = last
-        if self.complete:
-            return
         self.metrics.load_state_dict(state["metrics"])
         self.log_sizes = state["files"]
         for name in utils.bar(state["episodes"], "replay"):
@@ -1191,7 +1190,8 @@ class Trainer:
             self.load_episode(self.folder / "episodes" / name)
         if state["episodes"] and not len(self.replay):
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")
-        self.forget_after(self.progress.step)
+        if not self.complete:
+            self.forget_after(self.progress.step)
         utils.set_random_state(state["random"])
 
     def load_episode(self, path: Path) -> None:
@@ -1569,6 +1569,10 @@ def describe(trainer: Trainer) -> None:
 USER_ERRORS = (utils.RunError, env_wrapper.EnvironmentProblem, replay_buffer.ReplayError)
 
 
+# Of what a system reports, these are mistakes of a program; the rest is of its disks and mounts.
+PROGRAM_ERRORS = {errno.EBADF, errno.EINVAL, errno.ECHILD, errno.ESRCH}
+
+
 def command(argv: list[str]) -> None:
     """Does what the command line says, or raises."""
     modes, given = parse(argv)
@@ -1613,9 +1617,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def machine_error(error: Exception) -> str | None:
     """What is wrong with the machine rather than with the program, in one line; or None."""
-    if isinstance(error, OSError):  # of a disk or a mount, nearly always
+    if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}" if error.strerror else None
+        theirs = error.strerror and error.errno not in PROGRAM_ERRORS
+        return f"{error.strerror}{place}" if theirs else None
     # On a CPU, PyTorch's allocator has no exception of its own.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         return "out of memory; a new run takes less with a lower --buffer-gb or --batch-size"

@@ -48,7 +48,9 @@ class PlotError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one run, its evaluations: step to (mean, std), by rising step; its hours."""
+    """The settings of one run, its evaluations: step to (mean, std), by rising step; the hours
+    that it took up to the last of these.
+    """
 
     folder: Path
     config: dict
@@ -118,12 +120,13 @@ def load_run(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines()
-    evaluations, hours = {}, np.nan
+    evaluations, hours = {}, {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             step, mean = int(row["step"]), row.get("eval/return_mean")
-            hours = float(row.get("time/hours", hours))
+            if "time/hours" in row:
+                hours[step] = float(row["time/hours"])
             if mean is not None:
                 evaluations[step] = float(mean), float(row.get("eval/return_std", np.nan))
         except (ValueError, TypeError, KeyError, OverflowError):
@@ -131,7 +134,8 @@ def load_run(folder: Path) -> Run:
             if number == len(lines) and not text.endswith("\n"):
                 break
             raise PlotError(f"{path}, line {number}: not a row of metrics") from None
-    return Run(folder, config, dict(sorted(evaluations.items())), hours)
+    at_end = hours.get(max(evaluations, default=0), np.nan)
+    return Run(folder, config, dict(sorted(evaluations.items())), at_end)
 
 
 def load_references(path: Path, words: list[str]) -> list[dict]:
@@ -310,18 +314,20 @@ def table(groups: list[Group], references: list[dict]) -> str:
 def each_run(groups: list[Group]) -> str:
     """Markdown: one row per run, its mean returns on the way, its last evaluation and its hours.
 
-    On the way means at fifths of the frames of the longest run, interpolated as in `curve`.
+    On the way means at fifths of the frames of the longest run, interpolated as in `curve`. Twins
+    are left out here too.
     """
     runs = [(group, run) for group in groups for run in group.runs]
     fifths = np.arange(1, 5) * max(run.last for _, run in runs) / 5
-    head = ["task", "algorithm", "settings", "seed", *map(frames, fifths), "last", "at", "hours"]
+    head = ["task", "algorithm", "experiment", "seed", *map(frames, fifths), "last", "at", "hours"]
     rows = [head]
     for group, run in runs:
         means, end = [mean for mean, _ in run.evaluations.values()], run.last
         way = np.interp(fifths, list(run.evaluations), means, np.nan, np.nan)
         last = [score(*run.evaluations[end]), frames(end)]
         hours = "–" if np.isnan(run.hours) else f"{run.hours:.2f}"
-        name = [group.task, group.algo, group.settings, run.config["seed"]]
+        experiment = ", ".join(filter(None, [run.config["exp"], group.differ]))
+        name = [group.task, group.algo, experiment, run.config["seed"]]
         rows.append([*name, *map(score, way), *last, hours])
     text = "Means of evaluations; ± of the last is the standard deviation over its episodes."
     return "\n".join([*markdown(rows), "", text]) + "\n"

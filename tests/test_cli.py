@@ -1014,10 +1014,11 @@ def test_an_error_of_the_program_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_what_the_system_reports_is_one_line():
-    """Whatever its number; an error without one is the program's own."""
+    """Nearly whatever its number; an error without one is the program's own."""
     slow = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "a.npz")
     assert dreamer.machine_error(slow) == f"{os.strerror(errno.ETIMEDOUT)}: a.npz"
     assert dreamer.machine_error(OSError("cannot identify image file")) is None
+    assert dreamer.machine_error(OSError(errno.EBADF, os.strerror(errno.EBADF))) is None
 
 
 def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):

@@ -245,17 +245,18 @@ def test_the_table_of_each_run(make_run, tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         for hours in (1.25, 1.5):  # it was restored, and went on
             file.write(f'{{"step": 50000, "time/hours": {hours}}}\n')
-    make_run([5.0, 7.5], seed=2)
+        file.write('{"step": 51000, "time/hours": 9.0}\n')  # after the last evaluation
+    make_run([5.0, 7.5], seed=2, exp="other")
+    make_run([6.0], exp="twin")  # of seed 1, which got further
     row = {"step": 15_000, "eval/return_mean": 9.0}  # without a spread, between two columns
     (make_run([], algo="Dreamerv2") / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert plot.each_run(groups_of(tmp_path)).splitlines()[:5] == [
-        "| task | algorithm | settings | seed | 10K | 20K | 30K | 40K | last | at | hours |",
+        "| task | algorithm | experiment | seed | 10K | 20K | 30K | 40K | last | at | hours |",
         "| " + " | ".join(["---"] * 11) + " |",
-        "| walker-walk | Dreamerv1 | small, default | 1 "
+        "| walker-walk | Dreamerv1 | default | 1 "
         "| 1.0 | 2.0 | 4.0 | 8.0 | 16.0 ± 2.5 | 50K | 1.50 |",
-        "| walker-walk | Dreamerv1 | small, default | 2 "
-        "| 5.0 | 7.5 | – | – | 7.5 ± 2.5 | 20K | – |",
-        "| walker-walk | Dreamerv2 | small, default | 1 | – | – | – | – | 9.0 | 15K | – |",
+        "| walker-walk | Dreamerv1 | other | 2 | 5.0 | 7.5 | – | – | 7.5 ± 2.5 | 20K | – |",
+        "| walker-walk | Dreamerv2 | default | 1 | – | – | – | – | 9.0 | 15K | – |",
     ]
 
 
