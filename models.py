@@ -134,6 +134,15 @@ def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
 
 
+def on_rows(net: nn.Module, x: Tensor) -> Tensor:
+    """`net`, from (N, F) to (N, G), on every row of `x`: (..., F) to (..., G).
+
+    Of more than two axes PyTorch makes a view, and where one is changed in place, as by ELU here,
+    the backward pass copies the whole of it four times.
+    """
+    return net(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
 class ConvTransposeFromPixel(nn.ConvTranspose2d):
     """A transposed convolution whose input is one pixel: its matrix product, (N, C, 1, 1) in.
 
@@ -239,7 +248,7 @@ class RSSM(nn.Module):
             steps.append((stoch, deter, mean, std))
         posterior = State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
         # The recurrence does not need the prior: its head runs once over all of time.
-        mean, std = self._stats(self.img_out(posterior.deter))
+        mean, std = self._stats(on_rows(self.img_out, posterior.deter))
         return posterior, State(mean, posterior.deter, mean, std)
 
 
@@ -267,7 +276,7 @@ class ConvDecoder(nn.Module):
         self.dense = nn.Linear(features, 32 * depth)
         self.net = nn.Sequential(
             ConvTransposeFromPixel(32 * depth, 4 * depth, 5, stride=2),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),  # not in place: its input is a view (see `on_rows`)
             nn.ConvTranspose2d(4 * depth, 2 * depth, 5, stride=2),
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, stride=2),
@@ -290,7 +299,7 @@ class DenseDecoder(nn.Module):
         self.binary = binary
 
     def forward(self, feature: Tensor) -> UnitNormal | Bernoulli:
-        x = self.net[:-1](feature)
+        x = on_rows(self.net[:-1], feature)
         # bfloat16 would round values of about 100 to halves.
         half = x.dtype != self.net[-1].weight.dtype
         with torch.autocast(x.device.type, enabled=False) if half else nullcontext():
@@ -313,6 +322,6 @@ class ActionDecoder(nn.Module):
         self.raw_init_std = init_std + math.log(-math.expm1(-init_std))  # ln(e^s - 1)
 
     def forward(self, feature: Tensor) -> TanhNormal:
-        mean, std = full_precision(self.net(feature)).chunk(2, -1)
+        mean, std = full_precision(on_rows(self.net, feature)).chunk(2, -1)
         mean = self.mean_scale * torch.tanh(mean / self.mean_scale)
         return TanhNormal(mean, F.softplus(std + self.raw_init_std) + self.min_std)

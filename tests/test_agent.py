@@ -460,6 +460,28 @@ def test_nothing_in_the_gradient_step_waits_or_depends_on_data(make_agent, make_
         torch.ones(1).item()
 
 
+def kinds_of_nodes(loss):
+    """The names of the classes in its graph."""
+    seen, new = set(), {loss.grad_fn}
+    while new:
+        seen |= new
+        new = {n for node in new for n, _ in node.next_functions if n is not None} - seen
+    return {type(node).__name__ for node in seen}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_view_is_changed_in_place(make_agent, make_batch, precision):
+    """Its gradient would be copied four times, in networks that run over all of time at once."""
+    agent = make_agent(use_disc_model=True, precision=precision)
+    with agent.autocast():
+        loss, post, _ = agent.model_loss(make_batch(agent.config))
+        losses, _ = agent.behaviour_losses(post)
+    for each in (loss, *losses.values()):
+        kinds = kinds_of_nodes(each)
+        assert "EluBackward1" in kinds or "EluBackward0" in kinds
+        assert "CopySlices" not in kinds
+
+
 def test_the_models_rate_falls_with_the_gradient_steps_and_no_other(make_agent, make_batch):
     agent = make_agent(model_learning_rate=0.01, model_rate_decay=100)
     assert [agent.model_rate(n) for n in (0, 100, 300)] == [0.01, 0.005, 0.0025]
