@@ -181,8 +181,8 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups = []
     for (task, algo), names in groupby(sorted(together), key=lambda name: name[:2]):
         siblings = [together[name] for name in names]
-        for members in siblings:
-            mine, all_settings = settings_of(members[0]), [settings_of(s[0]) for s in siblings]
+        all_settings = [settings_of(members[0]) for members in siblings]
+        for members, mine in zip(siblings, all_settings):
             parts = differing(mine, all_settings)
             # Of a seed that was run twice, the run that got further.
             best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
