@@ -48,7 +48,7 @@ class UnitNormal:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """ln N(x; mean, 1), summed over the last `event_dims` axes."""
-        error = (x - self.mean).square()
+        error = F.mse_loss(self.mean, x, reduction="none")
         size = math.prod(error.shape[error.ndim - self.event_dims :])
         if self.event_dims:
             error = error.flatten(-self.event_dims).sum(-1)
