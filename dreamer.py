@@ -192,7 +192,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         utils.RunError: it does not exist here.
     """
-    count = torch.cuda.device_count()
+    # A driver that is too old counts its cards too.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     if name not in {"cpu", "cuda", *(f"cuda:{i}" for i in range(count))}:
@@ -1562,6 +1563,7 @@ def describe(trainer: Trainer) -> None:
     precision = trainer.agent.precision
     print(f"run {trainer.folder} on {name} in {precision}, preset {config.preset}")
     print("  ".join(f"{key}={value}" for key, value in asdict(config).items()))
+    print(f"pictures: {trainer.env.unwrapped.renderer}")
     print(f"replay: {trainer.replay}", flush=True)
 
 

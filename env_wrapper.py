@@ -246,6 +246,15 @@ class ControlSuite(gym.Env):
             return None
         return self._env.physics.render(self.render_size, self.render_size, self._camera)
 
+    @property
+    def renderer(self) -> str:
+        """What draws, by the name that it gives itself: a card, or llvmpipe, which is the CPU."""
+        from OpenGL import GL
+
+        with self._env.physics.contexts.gl.make_current() as context:
+            name = context.call(GL.glGetString, GL.GL_RENDERER)
+        return name.decode() if name else "unknown"
+
     def close(self):
         self._env.close()
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -989,6 +990,21 @@ def test_fp16_on_a_cpu(tmp_path, capsys):
 
 def test_cuda_where_there_is_none(tmp_path, capsys):
     error_line(capsys, train(tmp_path, device="cuda"), "--device cpu")
+
+
+def test_a_card_that_cannot_be_used_is_none(tmp_path, capsys, monkeypatch):
+    """A driver that is too old counts it, and cannot start it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dreamer.pick_device("auto") == torch.device("cpu")
+    error_line(capsys, train(tmp_path, device="cuda"), "--device cpu")
+    error_line(capsys, train(tmp_path, device="cuda:0"), "--device cuda:0")
+
+
+def test_a_run_says_what_draws(tmp_path, capsys):
+    assert train(tmp_path, total_steps=120) == 0
+    with closing(env_wrapper.make_env(SHORT_RUN["env"])) as env:
+        assert f"\npictures: {env.unwrapped.renderer}\n" in capsys.readouterr().out
 
 
 def test_a_run_in_use(finished, capsys):

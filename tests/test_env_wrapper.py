@@ -237,6 +237,17 @@ def test_an_episode_depends_on_its_seed_alone(task, make):
     assert_same_episode(play(elsewhere, seed=5), first)
 
 
+@pytest.mark.parametrize("task", ["cartpole-balance", "quadruped-escape"])
+def test_to_ask_what_draws_changes_no_picture(task, make):
+    """The second task makes its physics anew at every reset."""
+    asked, other = make(task), make(task)
+    assert asked.unwrapped.renderer not in ("", "unknown")
+    for seed in (1, 2):
+        frames = [env.reset(seed=seed)[0] for env in (asked, other)]
+        np.testing.assert_array_equal(*frames)
+        assert asked.unwrapped.renderer == other.unwrapped.renderer
+
+
 def test_rewards_differ_between_seeds(make):
     env = make("walker-walk", seed=0)
     assert (play(env, seed=5)[1] != play(env, seed=6)[1]).all()
