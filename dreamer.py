@@ -1522,6 +1522,7 @@ def benchmark(trainer: Trainer) -> dict:
         "device": str(trainer.device),
         "precision": str(agent.precision),
         "preset": c.preset,
+        "pictures": trainer.env.unwrapped.renderer,
         "environment frames/s": frames / random_seconds,
         "times the suite's own": suite_seconds / random_seconds,
         "collecting frames/s": frames / collect_seconds,
