@@ -192,8 +192,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         utils.RunError: it does not exist here.
     """
-    # A driver that is too old counts its cards too.
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = utils.cards()
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     if name not in {"cpu", "cuda", *(f"cuda:{i}" for i in range(count))}:

@@ -248,7 +248,7 @@ class ControlSuite(gym.Env):
 
     @property
     def renderer(self) -> str:
-        """What draws, by the name that it gives itself: a card, or llvmpipe, which is the CPU."""
+        """What draws, by the name that it gives itself: a card, or llvmpipe, the CPU."""
         from OpenGL import GL
 
         with self._env.physics.contexts.gl.make_current() as context:

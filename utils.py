@@ -133,10 +133,15 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
 # --------------------------------------------------------------------------------- random numbers
 
 
+def cards() -> int:
+    """CUDA devices that can be used: a driver that is too old counts those that it cannot start."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def random_state() -> dict:
     """The state of every global generator, in types that a safe checkpoint may hold."""
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if cards() else []
     return {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -152,7 +157,7 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    for device, generator in zip(range(torch.cuda.device_count()), state["cuda"]):
+    for device, generator in zip(range(cards()), state["cuda"]):
         torch.cuda.set_rng_state(generator.cpu(), device)
 
 

@@ -337,6 +337,9 @@ def test_the_generators_of_the_cards_that_there_are_are_put_back(monkeypatch):
     put = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda x, device: put.append((x, device)))
+    utils.set_random_state(state)  # a driver that is too old counts a card that it cannot start
+    assert put == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     utils.set_random_state(state)
     assert put == [(torch.tensor([1]), 0)]
 
