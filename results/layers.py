@@ -24,16 +24,20 @@ CPU, ROUNDS, REPEATS = torch.device("cpu"), 3, 3
 def convolutions(config: dreamer.Config) -> dict[str, tuple[nn.Module, torch.Tensor]]:
     """Every convolution by name, with what it is given in a gradient step."""
     agent, inputs = dreamer.Dreamer(config, 1, CPU), {}
-    for name, layer in agent.world.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            layer.register_forward_hook(
-                lambda layer, given, _, name=name: inputs.update({name: (layer, given[0])})
-            )
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda layer, given, name=name: inputs.update({name: (layer, given[0])})
+        )
+        for name, layer in agent.world.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    ]
     images = torch.rand(config.train_seq_len, config.batch_size, 64, 64, 3) - 0.5
     with torch.no_grad():
         embed = agent.world.encoder(images)
         feature = torch.randn(*embed.shape[:2], config.stoch_size + config.deter_size)
         agent.world.decoder(feature)
+    for hook in hooks:
+        hook.remove()
     return inputs
 
 
