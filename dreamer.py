@@ -583,13 +583,17 @@ class Dreamer(nn.Module):
         """Gradients of the three losses on a batch (T, B, ...) into `.grad`; returns metrics."""
         with self.autocast():
             loss, post, metrics = self.model_loss(batch)
+        # In a graph the behaviour is learned beside the model's backward pass: neither needs the
+        # other, and neither fills a card.
+        beside = utils.Beside(self.device) if self.captures else nullcontext()
         self._backward("world", loss, metrics)
-        with self.autocast():
-            losses, more = self.behaviour_losses(post)
-        metrics.update(more)
-        # The actor's loss runs through the value's graph too: the first backward pass keeps it.
-        self._backward("value", losses["value"], metrics, retain_graph=True)
-        self._backward("actor", losses["actor"], metrics)
+        with beside:
+            with self.autocast():
+                losses, more = self.behaviour_losses(post)
+            metrics.update(more)
+            # The actor's loss runs through the value's graph too: the first backward pass keeps it.
+            self._backward("value", losses["value"], metrics, retain_graph=True)
+            self._backward("actor", losses["actor"], metrics)
         return {name: value.detach() for name, value in metrics.items()}
 
     def update(self, batch: dict, number: int = 0) -> dict:

@@ -14,7 +14,7 @@ PlaNet, arXiv 1811.04551.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import NamedTuple
@@ -143,6 +143,16 @@ def on_rows(net: nn.Module, x: Tensor) -> Tensor:
     return net(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
+def for_each_step(weights: Iterable[Tensor], sequence: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same weights for each of the T steps of `sequence` (T, ...), cast to its type.
+
+    Each step's are views of its own, so that the gradients of all steps are added up at once, in
+    float32; of weights that are used T times they would be added one by one, in their type.
+    """
+    views = [w.to(sequence.dtype).expand(len(sequence), *w.shape).unbind() for w in weights]
+    return zip(*views)
+
+
 class ConvTransposeFromPixel(nn.ConvTranspose2d):
     """A transposed convolution whose input is one pixel: its matrix product, (N, C, 1, 1) in.
 
@@ -155,6 +165,26 @@ class ConvTransposeFromPixel(nn.ConvTranspose2d):
         y = x.flatten(1) @ weight
         y = y + self.bias.repeat(height * width).to(y.dtype)
         return y.view(len(x), height, width, self.out_channels).permute(0, 3, 1, 2)
+
+
+class ConvTransposeByBlocks(nn.ConvTranspose2d):
+    """A transposed convolution of stride 2 and an even kernel: each of its blocks of 2 x 2 pixels
+    by an ordinary convolution (sub-pixel convolution, arXiv 1609.05158). (N, C, H, W) in.
+
+    Where there are few channels it is faster. The weights, their initialization and the function
+    are those of `nn.ConvTranspose2d`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.kernel_size[0] // 2
+        # Pixel (2i + p, 2j + q) is the sum over a, b of x[i - a, j - b] weight[2a + p, 2b + q].
+        weight = self.weight.unflatten(3, (size, 2)).unflatten(2, (size, 2)).flip(2, 4)
+        weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2)  # (p, q, out), in, a, b
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, weight, self.bias.repeat(4), padding=size - 1).permute(0, 2, 3, 1)
+        y = y.unflatten(3, (2, -1)).transpose(2, 3)  # N, i, p, j, (q, out)
+        n, height, _, width, _ = y.shape
+        return y.reshape(n, 2 * height, 2 * width, self.out_channels).permute(0, 3, 1, 2)
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -202,13 +232,15 @@ class RSSM(nn.Module):
         stoch = zeros(batch, self.stoch_size)
         return State(stoch, zeros(batch, self.deter_size), stoch, stoch)
 
-    def _recur(self, stoch: Tensor, deter: Tensor, action: Tensor) -> Tensor:
+    def _recur(self, stoch: Tensor, deter: Tensor, action: Tensor, weights=None) -> Tensor:
         """The next deterministic state, (N, D), from one state and action, (N, ...).
 
-        It may be of half precision, and goes as it is into the next step.
+        It may be of half precision, and goes as it is into the next step. `weights` stand for
+        those of `img_in` and `cell`.
         """
-        x = F.elu(self.img_in(torch.cat([stoch, action], -1)), inplace=True)
-        return self.cell(x, deter)
+        weight, bias, *cell = weights or (*self.img_in.parameters(), *self.cell.parameters())
+        x = F.elu(F.linear(torch.cat([stoch, action], -1), weight, bias), inplace=True)
+        return torch.gru_cell(x, deter, *cell)
 
     def _stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = full_precision(x).chunk(2, -1)
@@ -234,16 +266,18 @@ class RSSM(nn.Module):
         """
         stoch, deter = state.stoch, state.deter
         # The posterior's first layer, in two: the embedding's share is one product for all of time.
-        weight = self.obs_in.weight.to(embed.dtype)  # once; autocast would cast it at every step
-        deter_weight, embed_weight = weight.tensor_split([self.deter_size], 1)
+        deter_weight, embed_weight = self.obs_in.weight.tensor_split([self.deter_size], 1)
         embed_part = F.linear(embed, embed_weight, self.obs_in.bias)
         noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
+        recurrent = for_each_step((*self.img_in.parameters(), *self.cell.parameters()), embed)
+        observing = for_each_step((deter_weight, *self.obs_out.parameters()), embed)
         steps = []
         # Not by index: in the backward pass each would be a tensor of the size of all of time.
-        for a, e, n in zip(action.unbind(), embed_part.unbind(), noise.unbind()):
-            deter = self._recur(stoch, deter, a)
-            hidden = F.elu(F.linear(deter, deter_weight) + e, inplace=True)
-            mean, std = self._stats(self.obs_out(hidden))
+        sequences = action.unbind(), embed_part.unbind(), noise.unbind()
+        for a, e, n, recur, (weight, *out) in zip(*sequences, recurrent, observing):
+            deter = self._recur(stoch, deter, a, recur)
+            hidden = F.elu(F.linear(deter, weight) + e, inplace=True)
+            mean, std = self._stats(F.linear(hidden, *out))
             stoch = mean + std * n
             steps.append((stoch, deter, mean, std))
         posterior = State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
@@ -281,7 +315,7 @@ class ConvDecoder(nn.Module):
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, stride=2),
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(depth, 3, 6, stride=2),
+            ConvTransposeByBlocks(depth, 3, 6, stride=2),
         )
 
     def forward(self, feature: Tensor) -> UnitNormal:

@@ -1,6 +1,7 @@
 """What every training script needs and no algorithm: files, logs, random states, signals."""
 
 import ctypes
+import functools
 import gc
 import io
 import json
@@ -480,6 +481,32 @@ def capture(function, device: torch.device, undo=lambda: None):
         return output
 
     return replay
+
+
+class Beside:
+    """A context whose work on a card runs beside what is queued from here on, until it ends.
+
+    It begins when what was queued before this object was made is done. What was made before and
+    is read inside must be kept until the end.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, _second_stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __enter__(self):
+        self._inside = torch.cuda.stream(self.stream)
+        self._inside.__enter__()
+
+    def __exit__(self, *error):
+        self._inside.__exit__(*error)
+        if error == (None, None, None):
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+
+@functools.cache  # in a graph a new one would have its workspace of cuBLAS in that graph's memory
+def _second_stream(device: torch.device):
+    return torch.cuda.Stream(device)
 
 
 def median_seconds(device: torch.device, function, repeats: int) -> float:

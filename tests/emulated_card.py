@@ -73,7 +73,8 @@ def install(monkeypatch) -> None:
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
         "device": nothing, "stream": nothing, "graph": graph, "CUDAGraph": Graph,
-        "Stream": lambda: stream, "current_stream": lambda: stream, "set_stream": nothing,
+        "Stream": lambda *device: stream, "current_stream": lambda *device: stream,
+        "set_stream": nothing,
         "synchronize": nothing,
         "get_rng_state": lambda device: torch.get_rng_state(),
         "set_rng_state": lambda state, device: torch.set_rng_state(state),

@@ -4,6 +4,7 @@ tests/test_cuda.py does the same on a card, within rounding.
 """
 
 import copy
+from types import SimpleNamespace
 
 import emulated_card
 import numpy as np
@@ -111,6 +112,29 @@ def test_captured_acting_equals_eager_acting(pair, make_batch, explore):
     for one, other in zip(*played):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(played[0][0], played[0][14])
+
+
+def test_a_second_stream_begins_with_what_was_queued_and_is_waited_for(monkeypatch):
+    calls = []
+
+    def stream(name):
+        fake = SimpleNamespace(name=name)
+        fake.wait_stream = lambda other: calls.append((name, other.name))
+        return fake
+
+    main, device = stream("main"), torch.device("cpu", 3)  # whose stream nobody has made
+    fakes = {"Stream": lambda device: stream("second"), "current_stream": lambda device: main}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for _ in range(2):
+        beside = utils.Beside(device)
+        calls.append("beside")
+        with beside:
+            calls.append("inside")
+    assert calls == [("second", "main"), "beside", "inside", ("main", "second")] * 2
+    with pytest.raises(RuntimeError, match="first"), utils.Beside(device):
+        raise RuntimeError("first")
+    assert calls[-1] == ("second", "main")  # a capture that failed has no end to wait for
 
 
 def test_a_graph_holds_no_wait_for_the_device():

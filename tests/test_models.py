@@ -170,6 +170,34 @@ def test_first_transposed_convolution_is_a_matrix_product(memory_format):
     torch.testing.assert_close(ours.result, plain.result)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel, height, width", [(6, 5, 4), (2, 3, 3), (4, 1, 2)])
+def test_transposed_convolution_by_blocks(memory_format, kernel, height, width):
+    ours = models.ConvTransposeByBlocks(8, 3, kernel, stride=2).to(memory_format=memory_format)
+    nn.init.normal_(ours.bias)
+    plain = nn.ConvTranspose2d(8, 3, kernel, stride=2)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(7, 8, height, width).to(memory_format=memory_format)
+    torch.testing.assert_close(ours(x), plain(x))
+    cotangent = torch.randn_like(plain(x))
+    for module in (ours, plain):
+        inputs = [y.requires_grad_() for y in (x.clone(), module.weight, module.bias)]
+        module.result = torch.autograd.grad(module(inputs[0]), inputs, cotangent)
+    torch.testing.assert_close(ours.result, plain.result)
+
+
+def test_gradients_of_the_recurrent_weights_are_not_summed_in_bfloat16():
+    rssm = models.RSSM(actions=1, embed=2, stoch=2, deter=3, hidden=4)
+    nn.init.zeros_(rssm.img_in.weight)  # no step reaches the next one by its sample
+    steps = 300
+    with torch.autocast("cpu", torch.bfloat16):
+        embed = torch.randn(steps, 1, 2).to(torch.bfloat16)
+        posterior, _ = rssm.observe(embed, torch.zeros(steps, 1, 1), rssm.initial(1))
+        posterior.mean.sum().backward()
+    # 256 + 1 is 256 in bfloat16.
+    assert rssm.obs_out.bias.grad[:2].tolist() == [300.0, 300.0]
+
+
 def test_images_become_channels_last_without_a_copy():
     image, seen = torch.randn(2, 3, 64, 64, 3), []
     encoder = models.ConvEncoder(4)
