@@ -16,7 +16,7 @@ PlaNet, arXiv 1811.04551.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import NamedTuple
 
 import torch
@@ -144,13 +144,15 @@ def on_rows(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def for_each_step(weights: Iterable[Tensor], sequence: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same weights for each of the T steps of `sequence` (T, ...), cast to its type.
+    """The weights for each of the T steps of `sequence` (T, ...), in its type.
 
-    Each step's are views of its own, so that the gradients of all steps are added up at once, in
-    float32; of weights that are used T times they would be added one by one, in their type.
+    Where they are cast, each step's are views of its own: their gradients are summed at once and
+    rounded once. Those of weights that are used T times are rounded at every addition.
     """
-    views = [w.to(sequence.dtype).expand(len(sequence), *w.shape).unbind() for w in weights]
-    return zip(*views)
+    weights, steps = tuple(weights), len(sequence)
+    if all(w.dtype == sequence.dtype for w in weights):
+        return repeat(weights, steps)
+    return zip(*(w.to(sequence.dtype).expand(steps, *w.shape).unbind() for w in weights))
 
 
 class ConvTransposeFromPixel(nn.ConvTranspose2d):
@@ -174,6 +176,9 @@ class ConvTransposeByBlocks(nn.ConvTranspose2d):
     Where there are few channels it is faster. The weights, their initialization and the function
     are those of `nn.ConvTranspose2d`.
     """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.kernel_size[0] // 2
@@ -315,7 +320,7 @@ class ConvDecoder(nn.Module):
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, stride=2),
             nn.ReLU(inplace=True),
-            ConvTransposeByBlocks(depth, 3, 6, stride=2),
+            ConvTransposeByBlocks(depth, 3, 6),
         )
 
     def forward(self, feature: Tensor) -> UnitNormal:

@@ -500,7 +500,7 @@ class Beside:
 
     def __exit__(self, *error):
         self._inside.__exit__(*error)
-        if error == (None, None, None):
+        if error[0] is None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
 

@@ -4,6 +4,7 @@ tests/test_cuda.py does the same on a card, within rounding.
 """
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import emulated_card
@@ -115,26 +116,37 @@ def test_captured_acting_equals_eager_acting(pair, make_batch, explore):
 
 
 def test_a_second_stream_begins_with_what_was_queued_and_is_waited_for(monkeypatch):
-    calls = []
+    calls, device = [], torch.device("cpu", 3)  # whose stream nobody has made
 
     def stream(name):
         fake = SimpleNamespace(name=name)
-        fake.wait_stream = lambda other: calls.append((name, other.name))
+        fake.wait_stream = lambda other: calls.append(f"{name} waits for {other.name}")
         return fake
 
-    main, device = stream("main"), torch.device("cpu", 3)  # whose stream nobody has made
-    fakes = {"Stream": lambda device: stream("second"), "current_stream": lambda device: main}
-    for name, fake in fakes.items():
+    def make(device):
+        calls.append("made")
+        return stream("second")
+
+    @contextmanager
+    def enter(fake):
+        calls.append(f"into {fake.name}")
+        yield
+        calls.append("out")
+
+    main = stream("main")
+    for name, fake in (("Stream", make), ("stream", enter), ("current_stream", lambda _: main)):
         monkeypatch.setattr(torch.cuda, name, fake)
-    for _ in range(2):
-        beside = utils.Beside(device)
-        calls.append("beside")
-        with beside:
-            calls.append("inside")
-    assert calls == [("second", "main"), "beside", "inside", ("main", "second")] * 2
+    beside = utils.Beside(device)
+    calls.append("beside")
+    with beside:
+        calls.append("inside")
+    begun = ["made", "second waits for main", "beside"]
+    assert calls == [*begun, "into second", "inside", "out", "main waits for second"]
+    calls.clear()
     with pytest.raises(RuntimeError, match="first"), utils.Beside(device):
         raise RuntimeError("first")
-    assert calls[-1] == ("second", "main")  # a capture that failed has no end to wait for
+    # The same stream; and a capture that failed has no end to wait for.
+    assert calls == ["second waits for main", "into second"]
 
 
 def test_a_graph_holds_no_wait_for_the_device():

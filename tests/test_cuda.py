@@ -106,6 +106,26 @@ def test_a_state_loaded_after_the_capture_is_trained_on(tiny_config, make_batch)
     assert_trained_alike(captured, eager, 1e-3)
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_work_beside_waits_for_what_was_before_and_is_waited_for(captured):
+    x, y = torch.zeros(2, device=CUDA)
+    long = 10**8  # cycles of the card's clock: tens of milliseconds
+
+    def work():
+        torch.cuda._sleep(long)
+        x.fill_(1)
+        with utils.Beside(CUDA):
+            y.copy_(x)
+            torch.cuda._sleep(long)
+            y.add_(1)
+        return 2 * y
+
+    function = utils.capture(work, CUDA) if captured else work
+    x.zero_()  # the capture has done its work three times
+    y.zero_()
+    assert function().item() == 4
+
+
 def test_a_replay_on_the_card_gives_the_batches_of_one_on_the_cpu():
     rng = np.random.default_rng(0)
     replays = [ReplayBuffer(40, 2, device) for device in (CUDA, "cpu")]

@@ -14,7 +14,7 @@ def test_every_convolution_is_measured_with_the_work_that_it_is(tiny_config, mon
     images, total = config.train_seq_len * config.batch_size, 0
     for number, (layer, x) in enumerate(found.values()):
         pixels = (x if isinstance(layer, nn.ConvTranspose2d) else layer(x)).shape[2:].numel()
-        if isinstance(layer, ConvTransposeByBlocks):  # blocks at the border have less to do
+        if isinstance(layer, ConvTransposeByBlocks):  # at the border too they count as whole
             pixels = layer(x).shape[2:].numel() // 4
         work = 2 * images * pixels * layer.weight.numel()
         measured = layers.measure(layer, x)
