@@ -60,15 +60,13 @@ ALGORITHMS = {
 }
 PRESETS = {
     "full": {
-        "batch_size": 50, "train_seq_len": 50, "deter_size": 200, "stoch_size": 30,
-        "hidden_size": 200, "num_units": 400, "cnn_depth": 32, "imagine_horizon": 15,
+        "batch_size": 50, "train_seq_len": 50, "num_units": 400, "cnn_depth": 32,
         "model_learning_rate": 6e-4, "actor_learning_rate": 8e-5, "value_learning_rate": 8e-5,
         "update_steps": 100, "pretrain_steps": 100, "model_rate_decay": 0, "reward_scale": 1.0,
         "actor_entropy": 0.0, "first_share": 0.0, "act_memory": 0,
     },
     "small": {
-        "batch_size": 4, "train_seq_len": 16, "deter_size": 200, "stoch_size": 30,
-        "hidden_size": 200, "num_units": 200, "cnn_depth": 16, "imagine_horizon": 15,
+        "batch_size": 4, "train_seq_len": 16, "num_units": 200, "cnn_depth": 16,
         "model_learning_rate": 6e-4, "actor_learning_rate": 4e-5, "value_learning_rate": 1e-4,
         "update_steps": 400, "pretrain_steps": 400, "model_rate_decay": 20_000,
         "reward_scale": 10.0, "actor_entropy": 0.03, "first_share": 0.25, "act_memory": 5,
@@ -88,8 +86,8 @@ def number_or_none(text: str) -> float | None:
 
 @dataclass
 class Config:
-    """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`); no
-    limit for `max_hours`.
+    """Every setting of a run. `None` means: by preset, algorithm or machine (see `resolve`); in a
+    resolved configuration, no limit for `max_hours` and no balancing for `kl_balance`.
     """
 
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
@@ -141,12 +139,12 @@ class Config:
     first_share: float = flag(
         None, "share of the sequences that begin where an episode does", maximum=1
     )
-    deter_size: int = flag(None, "deterministic state of the RSSM", minimum=1)
-    stoch_size: int = flag(None, "stochastic state of the RSSM", minimum=1)
-    hidden_size: int = flag(None, "width of the RSSM's hidden layers", minimum=1)
+    deter_size: int = flag(200, "deterministic state of the RSSM", minimum=1)
+    stoch_size: int = flag(30, "stochastic state of the RSSM", minimum=1)
+    hidden_size: int = flag(200, "width of the RSSM's hidden layers", minimum=1)
     num_units: int = flag(None, "width of the other networks' hidden layers", minimum=1)
     cnn_depth: int = flag(None, "channels of the first convolution", minimum=1)
-    imagine_horizon: int = flag(None, "imagined steps", minimum=2)
+    imagine_horizon: int = flag(15, "imagined steps", minimum=2)
 
     discount: float = flag(0.99, "discount of a step of the agent", group="objective", maximum=1)
     td_lambda: float = flag(0.95, "lambda of the returns", maximum=1)
@@ -217,8 +215,11 @@ def resolve(given: dict, saved: dict | None = None, may_change: set = MAY_CHANGE
     # Settings that this version does not know are not kept either.
     names = defaults.keys() - ONE_START
     kept = {k: v for k, v in (saved or {}).items() if k in names}
+    # What an older version saved as None it had not resolved; of `kl_balance` None is a value.
     kept = {k: v for k, v in kept.items() if v is not None or k == "kl_balance"}
-    given = {k: v for k, v in given.items() if (k, v) != ("preset", "auto") or k not in kept}
+    given = dict(given)
+    if "preset" in kept and given.get("preset") == "auto":
+        del given["preset"]
     differ = [
         f"--{name.replace('_', '-')} {value} (saved: {kept[name]})"
         for name, value in given.items()
@@ -233,8 +234,8 @@ def resolve(given: dict, saved: dict | None = None, may_change: set = MAY_CHANGE
     # The replay's size is settled once: a restored run must forget the same episodes.
     memory = {"buffer_gb": round(0.6 * utils.free_memory_gb(torch.device("cpu")), 1)}
     # A run that was saved before a setting existed goes on without it, as in the full preset.
-    preset = "full" if saved else top["preset"]
-    tables = {**memory, **PRESETS[preset], **ALGORITHMS[top["algo"]]}
+    fallback = "full" if saved else top["preset"]
+    tables = {**memory, **PRESETS[fallback], **ALGORITHMS[top["algo"]]}
     config = Config(**{**defaults, **tables, **kept, **given})
     check(config)
     return config
@@ -306,6 +307,11 @@ def kl_loss(post: State, prior: State, free_nats: float, balance: float | None):
     return loss, to_prior
 
 
+def normal_entropy(std: Tensor) -> Tensor:
+    """Mean entropy in nats of diagonal Normals, summed over the last axis of `std`."""
+    return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+
+
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
     """V_k = r_k + γ_k ((1 − λ) v_{k+1} + λ V_{k+1}), V_H = v_H (equation 6).
 
@@ -344,16 +350,13 @@ def value_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(*modules: nn.Module):
-    """Inside, the modules' weights are constants: what is computed keeps no graph to them."""
-    weights = [p for module in modules for p in module.parameters()]
-    for p in weights:
-        p.requires_grad_(False)
+def frozen(module: nn.Module):
+    """Inside, the module's weights are constants: what is computed keeps no graph to them."""
+    module.requires_grad_(False)
     try:
         yield
     finally:
-        for p in weights:
-            p.requires_grad_(True)
+        module.requires_grad_(True)
 
 
 class Dreamer(nn.Module):
@@ -375,13 +378,14 @@ class Dreamer(nn.Module):
             "encoder": encoder,
             "rssm": RSSM(actions, encoder.embed_size, c.stoch_size, c.deter_size, c.hidden_size),
             "decoder": ConvDecoder(features, c.cnn_depth),
-            "reward": DenseDecoder(features, 2, c.num_units),
+            "reward": DenseDecoder(features, layers=2, units=c.num_units),
         }
         if c.use_disc_model:
-            world["discount"] = DenseDecoder(features, 3, c.num_units, binary=True)
+            world["discount"] = DenseDecoder(features, layers=3, units=c.num_units, binary=True)
         self.world = nn.ModuleDict(world)
-        self.actor = ActionDecoder(features, actions, 4, c.num_units, c.actor_init_std)
-        self.value = DenseDecoder(features, 3, c.num_units)
+        policy = {"layers": 4, "units": c.num_units, "init_std": c.actor_init_std}
+        self.actor = ActionDecoder(features, actions, **policy)
+        self.value = DenseDecoder(features, layers=3, units=c.num_units)
         self.apply(init_as_keras)
         self.to(device=device, memory_format=torch.channels_last)
         rates = {
@@ -452,15 +456,15 @@ class Dreamer(nn.Module):
             copies = len(state.stoch) // len(image)
             action, embed = action.repeat(copies, 1), embed.repeat(copies, 1)
             state = self.world.rssm.obs_step(state, action, embed)
-            policy = self.actor(state.feature[: len(image)])
+            distribution = self.actor(state.feature[: len(image)])
             if not explore:
-                return policy.mode(), state
-            action = policy.rsample()
+                return distribution.mode(), state
+            action = distribution.rsample()
             noise = self.config.action_noise * torch.randn_like(action)
             return (action + noise).clamp(-1, 1), state
 
     def policy(self, n: int, explore: bool) -> "Policy":
-        """Acts from the start of `n` episodes; the same object every time."""
+        """Acts from the start of `n` episodes; the same object for the same arguments."""
         key = n, explore
         if key not in self._policies:
             self._policies[key] = Policy(self, n, explore)
@@ -561,7 +565,7 @@ class Dreamer(nn.Module):
             feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
             if c.use_disc_model:
-                discount = self.world.discount(feature).mean
+                discount = self.world.discount(feature).mean  # γ is in it: see `model_loss`
             else:
                 discount = torch.full_like(reward, c.discount)
         value = self.value(feature)
@@ -584,7 +588,7 @@ class Dreamer(nn.Module):
         with self.autocast():
             loss, post, metrics = self.model_loss(batch)
         # In a graph the behaviour is learned beside the model's backward pass: neither needs the
-        # other, and neither fills a card.
+        # other, and neither fills a card. It begins here, before that pass is queued.
         beside = utils.Beside(self.device) if self.captures else nullcontext()
         self._backward("world", loss, metrics)
         with beside:
@@ -600,8 +604,8 @@ class Dreamer(nn.Module):
         """Gradient step `number` of the run, on a batch (T, B, ...) that lies on the device.
 
         Three losses, three optimizers; every gradient is taken at the old weights. Returns
-        scalar tensors by name, still on the device: nothing here waits for it. On CUDA the first
-        step is captured as one graph, and all are replays of it.
+        scalar tensors by name, still on the device: nothing here waits for it. Where `captures`
+        holds, the first step is captured as one graph, and all are replays of it.
         """
         rate = self.model_rate(number)
         for group in self.optimizers["world"].param_groups:
@@ -633,7 +637,7 @@ class Dreamer(nn.Module):
         """The clipped gradient of `loss` for the network `name`, and for no other."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         weights = list(getattr(self, name).parameters())
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         scaler.scale(loss).backward(inputs=weights, retain_graph=retain_graph)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, self.config.grad_clip_norm)
@@ -695,11 +699,6 @@ class Dreamer(nn.Module):
                 self.scalers[name].load_state_dict(scale)
 
 
-def normal_entropy(std: Tensor) -> Tensor:
-    """Mean entropy in nats of diagonal Normals, summed over the last axis of `std`."""
-    return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
-
-
 # ------------------------------------------------------------------------- acting in environments
 
 
@@ -727,20 +726,20 @@ class Policy:
     """
 
     def __init__(self, agent: Dreamer, n: int, explore: bool):
-        self.agent, self.explore, self.steps = agent, explore, 0
+        self.agent, self.explore, self.taken = agent, explore, 0
         self.image = torch.zeros(n, 64, 64, 3, dtype=torch.uint8, device=agent.device)
         states = 2 if agent.config.act_memory else 1  # of each environment
         self.state = agent.world.rssm.initial(states * n).map(torch.clone)
         self.action = self.state.stoch.new_zeros(n, agent.actions)
-        self.step = utils.capture(self._step, agent.device) if agent.captures else self._step
+        self._step = utils.capture(self._act, agent.device) if agent.captures else self._act
 
     def reset(self) -> None:
         """Before the first step of episodes."""
-        self.steps = 0
+        self.taken = 0
         for tensor in (self.action, *self.state):
             tensor.zero_()
 
-    def _step(self) -> None:
+    def _act(self) -> None:
         action, state = self.agent.act(self.image, self.state, self.action, self.explore)
         for mine, new in zip((self.action, *self.state), (action, *state)):
             mine.copy_(new)
@@ -748,33 +747,33 @@ class Policy:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         self.image.copy_(torch.from_numpy(image))
         memory = self.agent.config.act_memory
-        if memory and self.steps and self.steps % memory == 0:
+        if memory and self.taken and self.taken % memory == 0:
             for first, second in (tensor.chunk(2) for tensor in self.state):
                 first.copy_(second)
                 second.zero_()
-        self.steps += 1
-        self.step()
+        self.taken += 1
+        self._step()
         return self.action.to("cpu", copy=True).numpy()
 
 
 class Recorder:
     """The rows of an episode as they come, and the arrays that the replay takes."""
 
-    def __init__(self, frame: np.ndarray, actions: int):
+    def __init__(self, image: np.ndarray, actions: int):
         self.rows = []
-        self.add(np.zeros(actions), frame, 0.0, False, False)
+        self.add(np.zeros(actions), image, 0.0, False, False)
 
-    def add(self, action, frame, reward, terminated, truncated) -> None:
+    def add(self, action, image, reward, terminated, truncated) -> None:
         """A row: `action`, and what the environment's `step` returned for it."""
-        self.rows.append((frame, action, reward, 0.0 if terminated else 1.0))
+        self.rows.append((image, action, reward, 0.0 if terminated else 1.0))
         self.over = terminated or truncated
 
     def episode(self) -> dict:
         """Arrays by key, rows as in the replay."""
-        image, *others = zip(*self.rows)
+        images, *others = zip(*self.rows)
         names = ("action", "reward", "discount")
         arrays = {name: np.asarray(x, np.float32) for name, x in zip(names, others)}
-        return {"image": np.stack(image), **arrays}
+        return {"image": np.stack(images), **arrays}
 
 
 def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSignal):
@@ -784,17 +783,17 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     on the agent and on torch's generator alone. A stop in between puts that generator back.
     """
     before = utils.random_state()
-    frame, _ = env.reset(seed=seed)
+    image, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
-    recorder, frames = Recorder(frame, len(env.action_space.low)), 0
+    recorder, frames = Recorder(image, env.action_space.shape[0]), 0
     policy = agent.policy(1, explore=True) if agent else None
     try:
         with utils.one_thread():
             while not recorder.over:
                 stop.check()
-                action = policy(frame[None])[0] if policy else env.action_space.sample()
-                frame, *outcome, info = env.step(action)
-                recorder.add(action, frame, *outcome)
+                action = policy(image[None])[0] if policy else env.action_space.sample()
+                image, *outcome, info = env.step(action)
+                recorder.add(action, image, *outcome)
                 frames += info["frames"]
     except utils.Stopped:
         utils.set_random_state(before)
@@ -819,14 +818,14 @@ def evaluate(agent: Dreamer, envs, stop: utils.StopSignal) -> list[dict]:
     """
     seeds = [utils.stream_seed(agent.config.seed, EVALUATION, i) for i in range(envs.num_envs)]
     with utils.isolated_random(seeds[0]):
-        frames, _ = envs.reset(seed=seeds)
-        recorders = [Recorder(frame, agent.actions) for frame in frames]
+        images, _ = envs.reset(seed=seeds)
+        recorders = [Recorder(image, agent.actions) for image in images]
         policy = agent.policy(len(seeds), explore=False)
         while not all(recorder.over for recorder in recorders):
             stop.check()
-            actions = policy(frames)
-            frames, *outcomes, _ = envs.step(actions)
-            for recorder, *row in zip(recorders, actions, frames, *outcomes):
+            actions = policy(images)
+            images, *outcomes, _ = envs.step(actions)
+            for recorder, *row in zip(recorders, actions, images, *outcomes):
                 if not recorder.over:  # an environment starts anew by itself; that is ignored
                     recorder.add(*row)
     episodes = [recorder.episode() for recorder in recorders]
@@ -886,7 +885,7 @@ def film(config: Config, episode: dict) -> tuple[np.ndarray, float]:
 class Progress:
     """Where a run stands; with the networks and the replay, all that its future depends on."""
 
-    step: int = 0  # environment frames
+    step: int = 0  # frames of the environment, as is every `step` of a run
     episodes: int = 0
     updates: int = 0  # gradient steps
     iterations: int = 0
@@ -894,7 +893,7 @@ class Progress:
     iteration_end: int = 0  # frames at which this iteration has collected enough
     last_return: float = math.nan
     best_return: float = -math.inf
-    best_step: int = -1
+    best_step: int = -1  # frames at the best evaluation
     seconds: float = 0.0  # that the run took up to here, without what restores cut off
 
 
@@ -930,6 +929,7 @@ class Trainer:
         self.watched = []  # what must be finite, of the gradient steps not yet looked at
         self.episode_files = []  # files of the episodes seen, oldest first
         self.log_sizes = None  # sizes of the log files at the checkpoint that is restored
+        self.started = self.logger = self.bar = None  # from `open_logs` on
         self.losses_text = ""  # the last losses, for the bar
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
@@ -956,7 +956,11 @@ class Trainer:
     # ----------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Trains until `total_steps`; a signal or the time limit leaves an exact checkpoint."""
+        """Trains until `total_steps`.
+
+        A signal or the time limit leaves an exact checkpoint, but for what was done since the best
+        evaluation if no episode has come since.
+        """
         p = self.progress
         self.open_logs()
         try:
@@ -1041,7 +1045,8 @@ class Trainer:
 
         Raises:
             utils.RunError: naming the gradient step, what was not finite, the batch, and the
-                last checkpoint, which is good: `save` looks here first.
+                last checkpoint, which is good: `save` looks here first. Or: float16 overflows at
+                every loss scale.
         """
         if not self.watched:
             return
@@ -1096,19 +1101,19 @@ class Trainer:
     def end_iteration(self) -> bool:
         """Evaluation, video and checkpoint where due; true if the run is complete."""
         c, p = self.config, self.progress
-        last = p.step >= c.total_steps
+        complete = p.step >= c.total_steps
         best = False
-        if last or self.every["evaluation"].due(p.step):
+        if complete or self.every["evaluation"].due(p.step):
             best = self.evaluate()
         p.updates_left = c.update_steps if p.iterations else c.pretrain_steps
         p.iterations += 1
         p.iteration_end = p.step + c.collect_steps
         hours = (time.monotonic() - self.started) / 3600
         self.logger.scalars(p.step, {"time/hours": hours, "train/updates": p.updates})
-        if last or best or self.every["checkpoint"].due(p.step):
+        if complete or best or self.every["checkpoint"].due(p.step):
             self.every["checkpoint"].fired(p.step)
             self.save()
-        return last
+        return complete
 
     def play(self) -> list[dict]:
         """The episodes of an evaluation."""
@@ -1176,9 +1181,10 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Goes on from a checkpoint: fills the replay from the run's episodes.
 
-        A damaged episode is moved to `episodes/damaged/` and named. The episodes, checkpoints and
-        rows of the logs that came after the checkpoint are removed: they will come again, the same.
-        If the run was complete at the checkpoint none will come, and nothing is removed.
+        A damaged episode is moved to `episodes/damaged/` and named. The episodes and checkpoints
+        that came after the checkpoint are removed, the rows of the logs when these are opened: all
+        will come again, the same. If the run was complete at the checkpoint none will come, and
+        nothing is removed.
 
         Raises:
             utils.RunError: the checkpoint is of another task's shape, or no episode is left.
@@ -1213,7 +1219,7 @@ class Trainer:
                 print(f"missing episode: {path}")
 
     def forget_after(self, step: int) -> None:
-        """Removes episodes that are not in the replay's list, and checkpoints later than `step`."""
+        """Removes episodes that the run has not seen, and checkpoints later than `step`."""
         for path in (self.folder / "episodes").glob("*.npz"):
             if path.name not in self.episode_files:
                 path.unlink()
@@ -1371,8 +1377,8 @@ def train_command(modes: dict, given: dict) -> None:
     """--train, with or without --restore."""
     folder = run_folder(Config(**given))
     saved = read_config(folder)
-    parts = ("checkpoints/*.pt", "episodes/*.npz", "metrics.jsonl")
-    found = [path for part in parts for path in folder.glob(part)]
+    patterns = ("checkpoints/*.pt", "episodes/*.npz", "metrics.jsonl")
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found and saved is None:
         raise utils.RunError(
             f"{folder} holds {found[0].name} but no config.json: put that back, or --exp NAME "
@@ -1393,7 +1399,8 @@ def train_command(modes: dict, given: dict) -> None:
         path, state = find_checkpoint(modes, folder) if saved else (None, None)
         if path and not lies_in(path, folder):
             raise utils.RunError(f"{path} is no checkpoint of the run {folder}")
-        if not path and any(part.stat().st_size for part in found):
+        # An empty log is that of a start which was killed before its first checkpoint.
+        if not path and any(file.stat().st_size for file in found):
             raise utils.RunError(
                 f"{folder} has lost its checkpoints: put one back, or --exp NAME starts another run"
             )
@@ -1459,7 +1466,7 @@ def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]
         "config": asdict(config),
     }
     utils.write_json(folder / f"evaluation-{step}.json", result)
-    dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)
+    dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)  # twice the size
     videos = {
         "best": film(config, episodes[int(np.argmax(returns))]),
         "worst": film(config, episodes[int(np.argmin(returns))]),
@@ -1509,13 +1516,12 @@ def benchmark(trainer: Trainer) -> dict:
     policy, image = agent.policy(1, explore=True), np.zeros((1, 64, 64, 3), np.uint8)
     with utils.one_thread():
         acting_seconds = seconds_of(lambda: policy(image), 20)
-    batch = trainer.batch(0)
     sample_seconds = seconds_of(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
     update_seconds = seconds_of(trainer.gradient_step, 5)
     peak_memory = utils.peak_memory_gb(trainer.device)
     with FlopCounterMode(display=False) as counter:
-        agent._update(batch)  # not captured: the counter sees no operation of a graph
+        agent._update(trainer.batch(0))  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.precision)
     trainer.play()  # starts the environments, once in a run
     evaluation_seconds = seconds_of(trainer.play, 1)

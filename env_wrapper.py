@@ -59,7 +59,7 @@ class NoSuite(EnvironmentProblem):
 
 
 class WorkerDied(EnvironmentProblem):
-    """A process of an environment is gone: killed, for want of memory perhaps."""
+    """A process of an environment is gone: killed, perhaps because memory ran out."""
 
 
 _PROBE = """
@@ -150,6 +150,11 @@ def canonical_name(name: str) -> str:
     return "-".join(parse_task(name))
 
 
+def camera_of(domain: str) -> int:
+    """The number of the camera that watches a domain: the first, but of quadruped the third."""
+    return 2 if domain == "quadruped" else 0
+
+
 class ControlSuite(gym.Env):
     """One task of the suite; an action is held for `action_repeat` frames.
 
@@ -179,8 +184,7 @@ class ControlSuite(gym.Env):
         self._env = _suite().load(domain, name, task_kwargs=options)
         self.action_repeat, self.time_limit = action_repeat, time_limit
         self.render_mode, self.render_size = render_mode, render_size
-        self._camera = 2 if domain == "quadruped" else 0
-        self._eye = None  # the camera of observations, made when it is needed
+        self._camera = None  # that of observations, made when it is needed
         self._frames = 0
         frame = self._env.control_timestep()  # seconds
         self.metadata = {**self.metadata, "render_fps": 1 / (frame * action_repeat)}
@@ -200,7 +204,7 @@ class ControlSuite(gym.Env):
         They must be made before the first context; where `reset` builds the physics anew, this
         is called again.
         """
-        self._eye = None
+        self._camera = None
         visual = self._env.physics.model.vis
         size = max(SIZE, self.render_size if self.render_mode else 0)
         visual.global_.offwidth = visual.global_.offheight = size
@@ -211,12 +215,12 @@ class ControlSuite(gym.Env):
 
     def _observation(self) -> np.ndarray:
         # The suite's own `render` would build a scene for every picture.
-        if self._eye is None:
+        if self._camera is None:
             from dm_control.mujoco import Camera
 
-            self._eye = Camera(self._env.physics, SIZE, SIZE, self._camera)
+            self._camera = Camera(self._env.physics, SIZE, SIZE, camera_of(self._task[0]))
         # A view of the camera's buffer that is upside down; PyTorch takes no negative strides.
-        return self._eye.render().copy()
+        return self._camera.render().copy()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -244,7 +248,8 @@ class ControlSuite(gym.Env):
     def render(self):
         if self.render_mode is None:
             return None
-        return self._env.physics.render(self.render_size, self.render_size, self._camera)
+        size = self.render_size
+        return self._env.physics.render(size, size, camera_id=camera_of(self._task[0]))
 
     @property
     def renderer(self) -> str:
@@ -286,7 +291,7 @@ def suites_own(task: str, frames: int, action_repeat: int) -> Callable[[], None]
             action = rng.uniform(low, high)
             for _ in range(min(action_repeat, frames - frame)):
                 env.step(action)
-            env.physics.render(SIZE, SIZE, camera_id=0)
+            env.physics.render(SIZE, SIZE, camera_id=camera_of(domain))
 
     return play
 
@@ -315,7 +320,7 @@ class _ParallelEnvs(gym.vector.AsyncVectorEnv):
                 process.kill()
             self.closed = True  # nothing is left to be closed
             raise WorkerDied(
-                "a process of an environment was killed, for want of memory perhaps; "
+                "a process of an environment was killed, perhaps because memory ran out; "
                 "--vector-env sync needs no more than this one"
             ) from error
 

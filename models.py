@@ -48,7 +48,7 @@ class UnitNormal:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """ln N(x; mean, 1), summed over the last `event_dims` axes."""
-        error = F.mse_loss(self.mean, x, reduction="none")
+        error = F.mse_loss(self.mean, x, reduction="none")  # one pass, and one for its gradient
         size = math.prod(error.shape[error.ndim - self.event_dims :])
         if self.event_dims:
             error = error.flatten(-self.event_dims).sum(-1)
@@ -56,7 +56,7 @@ class UnitNormal:
 
 
 class Bernoulli:
-    """The probability that a state continues, from its logit."""
+    """A probability by its logit: the mean, which is trained to be the discount of a step."""
 
     def __init__(self, logit: Tensor):
         self.logit = logit
@@ -196,7 +196,10 @@ class ConvTransposeByBlocks(nn.ConvTranspose2d):
 
 
 class State(NamedTuple):
-    """A state of the RSSM, or a sequence of them: a sample and the Normal it was drawn from."""
+    """A state of the RSSM, or a sequence of them: a sample and the Normal it was drawn from.
+
+    Not everywhere: the initial state is all zeros, and the prior of `observe` is not sampled.
+    """
 
     stoch: Tensor  # (..., S)
     deter: Tensor  # (..., D)
@@ -243,9 +246,13 @@ class RSSM(nn.Module):
         It may be of half precision, and goes as it is into the next step. `weights` stand for
         those of `img_in` and `cell`.
         """
-        weight, bias, *cell = weights or (*self.img_in.parameters(), *self.cell.parameters())
+        weight, bias, *cell = weights or self._recurrent_weights()
         x = F.elu(F.linear(torch.cat([stoch, action], -1), weight, bias), inplace=True)
         return torch.gru_cell(x, deter, *cell)
+
+    def _recurrent_weights(self) -> tuple[Tensor, ...]:
+        """Those of `img_in` and of the cell, which has them in the order that `gru_cell` takes."""
+        return (*self.img_in.parameters(), *self.cell.parameters())
 
     def _stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = full_precision(x).chunk(2, -1)
@@ -260,8 +267,7 @@ class RSSM(nn.Module):
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor) -> State:
         """The posterior of the next state. `action`: (N, A), `embed`: (N, E)."""
-        posterior, _ = self.observe(embed[None], action[None], state)
-        return posterior.map(lambda x: x[0])
+        return self._posterior(embed[None], action[None], state).map(lambda x: x[0])
 
     def observe(self, embed: Tensor, action: Tensor, state: State) -> tuple[State, State]:
         """Posterior and prior of every step of a sequence.
@@ -269,12 +275,19 @@ class RSSM(nn.Module):
         `embed`: (T, B, E), `action`: (T, B, A), `state`: before the sequence, (B, ...). The
         returned states are (T, B, ...); the prior's `stoch` is its mean, since nothing samples it.
         """
+        posterior = self._posterior(embed, action, state)
+        # The recurrence does not need the prior: its head runs once over all of time.
+        mean, std = self._stats(on_rows(self.img_out, posterior.deter))
+        return posterior, State(mean, posterior.deter, mean, std)
+
+    def _posterior(self, embed: Tensor, action: Tensor, state: State) -> State:
+        """The posterior of every step of a sequence; shapes as in `observe`."""
         stoch, deter = state.stoch, state.deter
         # The posterior's first layer, in two: the embedding's share is one product for all of time.
         deter_weight, embed_weight = self.obs_in.weight.tensor_split([self.deter_size], 1)
         embed_part = F.linear(embed, embed_weight, self.obs_in.bias)
         noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
-        recurrent = for_each_step((*self.img_in.parameters(), *self.cell.parameters()), embed)
+        recurrent = for_each_step(self._recurrent_weights(), embed)
         observing = for_each_step((deter_weight, *self.obs_out.parameters()), embed)
         steps = []
         # Not by index: in the backward pass each would be a tensor of the size of all of time.
@@ -285,10 +298,7 @@ class RSSM(nn.Module):
             mean, std = self._stats(F.linear(hidden, *out))
             stoch = mean + std * n
             steps.append((stoch, deter, mean, std))
-        posterior = State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
-        # The recurrence does not need the prior: its head runs once over all of time.
-        mean, std = self._stats(on_rows(self.img_out, posterior.deter))
-        return posterior, State(mean, posterior.deter, mean, std)
+        return State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
 
 
 class ConvEncoder(nn.Module):

@@ -171,13 +171,14 @@ class ReplayBuffer:
                 f"no episode has the {length} rows of a training sequence: "
                 "lower --train-seq-len or raise --time-limit"
             )
+        # The starts of all episodes, one episode after the other; of these a number is drawn.
         ends = starts.cumsum()
         rng = np.random.default_rng(seed)
         draw = rng.integers(ends[-1], size=batch)
         episode = np.searchsorted(ends, draw, side="right")
-        before = (ends - starts)[episode]  # starts of the episodes before it
-        skipped = np.where(rng.random(batch) < first_share, 0, draw - before)
-        return (first[episode] + skipped + np.arange(length)[:, None]) % self.capacity
+        offset = draw - (ends - starts)[episode]  # within its episode
+        offset[rng.random(batch) < first_share] = 0
+        return (first[episode] + offset + np.arange(length)[:, None]) % self.capacity
 
     def sample(self, batch: int, length: int, seed, first_share: float = 0.0) -> dict[str, Tensor]:
         """A batch of sequences, (length, batch, ...) by key; arguments as `sample_rows`.

@@ -1,4 +1,6 @@
-"""What every training script needs and no algorithm: files, logs, random states, signals."""
+"""What every training script needs and no algorithm: files, random states, signals, logs and
+videos, and the machine: CUDA graphs, timing, memory.
+"""
 
 import ctypes
 import functools
@@ -132,11 +134,6 @@ def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
 
 
 # --------------------------------------------------------------------------------- random numbers
-
-
-def cards() -> int:
-    """CUDA devices that can be used: a driver that is too old counts those that it cannot start."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def random_state() -> dict:
@@ -423,6 +420,11 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the machine
 
 
+def cards() -> int:
+    """CUDA devices that can be used: a driver that is too old counts those that it cannot start."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 _failed = []  # graphs whose capture failed: PyTorch's allocator still refers to them
 
 
@@ -486,8 +488,8 @@ def capture(function, device: torch.device, undo=lambda: None):
 class Beside:
     """A context whose work on a card runs beside what is queued from here on, until it ends.
 
-    It begins when what was queued before this object was made is done. What was made before and
-    is read inside must be kept until the end.
+    It begins when what was queued before this object was made is done. Tensors that were made
+    before and are read inside must stay alive until its end.
     """
 
     def __init__(self, device: torch.device):
