@@ -79,6 +79,11 @@ def flag(default, help, *aliases, **options):
     return field(default=default, metadata={"help": help, "aliases": aliases, **options})
 
 
+def algorithm(name: str) -> str:
+    """The algorithm of that name, whatever its case; `name` itself where there is none."""
+    return {known.lower(): known for known in ALGORITHMS}.get(name.lower(), name)
+
+
 def number_or_none(text: str) -> float | None:
     """A number, or None for the word `none`."""
     return None if text.lower() == "none" else float(text)
@@ -91,7 +96,7 @@ class Config:
     """
 
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
-    algo: str = flag("Dreamerv1", "Dreamerv1 or Dreamerv2")
+    algo: str = flag("Dreamerv1", "in any case", type=algorithm, choices=tuple(ALGORITHMS))
     exp: str = flag("default", "name of the experiment", "--exp-name")
     seed: int = flag(1, "random seed", maximum=2**32 - 1)
     logdir: str = flag("runs", "where runs are kept")
@@ -228,6 +233,7 @@ def resolve(given: dict, saved: dict | None = None, may_change: set = MAY_CHANGE
     if differ:
         raise utils.RunError("the run being restored has other settings: " + ", ".join(differ))
     top = {**defaults, **kept, **given}
+    check(Config(**top))
     on_gpu = pick_device(top["device"]).type == "cuda"
     if top["preset"] == "auto":
         given["preset"] = top["preset"] = "full" if on_gpu else "small"
@@ -236,19 +242,22 @@ def resolve(given: dict, saved: dict | None = None, may_change: set = MAY_CHANGE
     # A run that was saved before a setting existed goes on without it, as in the full preset.
     fallback = "full" if saved else top["preset"]
     tables = {**memory, **PRESETS[fallback], **ALGORITHMS[top["algo"]]}
-    config = Config(**{**defaults, **tables, **kept, **given})
-    check(config)
-    return config
+    return Config(**{**defaults, **tables, **kept, **given})
 
 
 def check(config: Config) -> None:
-    """Refuses settings that cannot work, before anything is written.
+    """Refuses settings that cannot work, before anything is written; those of a file may be of any
+    type.
 
     Raises:
         utils.RunError: naming the first.
     """
     for f in fields(Config):
-        value = getattr(config, f.name)
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if value is not None and not isinstance(value, f.type | int if f.type is float else f.type):
+            raise utils.RunError(f"{f.name} {value!r}: not of type {f.type.__name__}")
+        if choices and value not in choices:
+            raise utils.RunError(f"{f.name} {value!r}: choose from {', '.join(choices)}")
         least, most = f.metadata.get("minimum", 0), f.metadata.get("maximum", math.inf)
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
@@ -930,6 +939,7 @@ class Trainer:
         self.episode_files = []  # files of the episodes seen, oldest first
         self.log_sizes = None  # sizes of the log files at the checkpoint that is restored
         self.started = self.logger = self.bar = None  # from `open_logs` on
+        self.iteration_start = None  # seconds and frames; also where this process began
         self.losses_text = ""  # the last losses, for the bar
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
@@ -985,6 +995,7 @@ class Trainer:
 
     def open_logs(self) -> None:
         self.started = time.monotonic() - self.progress.seconds
+        self.iteration_start = time.monotonic(), self.progress.step
         self.logger = utils.Logger(self.folder, self.log_sizes)
         self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
 
@@ -1108,8 +1119,11 @@ class Trainer:
         p.updates_left = c.update_steps if p.iterations else c.pretrain_steps
         p.iterations += 1
         p.iteration_end = p.step + c.collect_steps
-        hours = (time.monotonic() - self.started) / 3600
-        self.logger.scalars(p.step, {"time/hours": hours, "train/updates": p.updates})
+        now, (before, frames) = time.monotonic(), self.iteration_start
+        self.iteration_start = now, p.step
+        times = {"time/hours": (now - self.started) / 3600}
+        times["time/fps"] = (p.step - frames) / (now - before)
+        self.logger.scalars(p.step, {**times, "train/updates": p.updates})
         if complete or best or self.every["checkpoint"].due(p.step):
             self.every["checkpoint"].fired(p.step)
             self.save()
@@ -1187,14 +1201,16 @@ class Trainer:
         nothing is removed.
 
         Raises:
-            utils.RunError: the checkpoint is of another task's shape, or no episode is left.
+            utils.RunError: the checkpoint is of another task's shape or of another version of this
+                program, or no episode is left.
         """
         load_agent(self.agent, state)
-        self.progress = Progress(**state["progress"])
-        for name, last in state["every"].items():
-            self.every[name].last = last
-        self.metrics.load_state_dict(state["metrics"])
-        self.log_sizes = state["files"]
+        with fitting_checkpoint():
+            self.progress = Progress(**state["progress"])
+            for name, last in state["every"].items():
+                self.every[name].last = last
+            self.metrics.load_state_dict(state["metrics"])
+            self.log_sizes = dict(state["files"])
         for name in utils.bar(state["episodes"], "replay"):
             self.stop.check()
             self.load_episode(self.folder / "episodes" / name)
@@ -1202,7 +1218,8 @@ class Trainer:
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")
         if not self.complete:
             self.forget_after(self.progress.step)
-        utils.set_random_state(state["random"])
+        with fitting_checkpoint():
+            utils.set_random_state(state["random"])
 
     def load_episode(self, path: Path) -> None:
         """An episode from disk into the replay, or out of the way."""
@@ -1228,23 +1245,32 @@ class Trainer:
                 path.unlink()
 
 
+@contextmanager
+def fitting_checkpoint():
+    """Inside, what a foreign checkpoint provokes becomes one line, a `utils.RunError`."""
+    try:
+        yield
+    except utils.RunError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # PyTorch names every tensor that does not fit, a line each.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise utils.RunError(f"the checkpoint does not fit this program: {reason}") from error
+
+
 def load_agent(agent: Dreamer, state: dict) -> None:
     """Loads a checkpoint into an agent.
 
     Raises:
         utils.RunError: it is of another task's shape, or of other sizes.
     """
-    if state["actions"] != agent.actions:
-        raise utils.RunError(
-            f"the checkpoint is of a task with {state['actions']} action dimensions "
-            f"({state['config']['env']}); this one has {agent.actions}"
-        )
-    try:
+    with fitting_checkpoint():
+        if state["actions"] != agent.actions:
+            raise utils.RunError(
+                f"the checkpoint is of a task with {state['actions']} action dimensions "
+                f"({state['config']['env']}); this one has {agent.actions}"
+            )
         agent.load_state(state["agent"])
-    except (KeyError, RuntimeError) as error:
-        # PyTorch names every tensor that does not fit, a line each.
-        reason = textwrap.shorten(str(error), 200)
-        raise utils.RunError(f"the checkpoint does not fit these networks: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1311,11 +1337,6 @@ def parse(argv: list[str]) -> tuple[dict, dict]:
         return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
     given = vars(make_parser().parse_args([dashes(word) for word in argv]))
-    if "algo" in given:
-        names = {name.lower(): name for name in ALGORITHMS}
-        if given["algo"].lower() not in names:
-            raise utils.RunError(f"--algo {given['algo']}: choose from {', '.join(ALGORITHMS)}")
-        given["algo"] = names[given["algo"].lower()]
     if "env" in given:
         given["env"] = env_wrapper.canonical_name(given["env"])
     settings = {f.name for f in fields(Config)}
@@ -1408,7 +1429,9 @@ def train_command(modes: dict, given: dict) -> None:
             (folder / name).mkdir(exist_ok=True)
             utils.clear_temporaries(folder / name)
         trainer = Trainer(config, folder, stop)
-        describe(trainer)
+        describe(trainer.agent, f"run {folder}")
+        print(f"pictures: {trainer.env.unwrapped.renderer}")
+        print(f"replay: {trainer.replay}")
         if path:
             trainer.restore(state)
         print(f"from {path or 'the start'}", flush=True)
@@ -1438,8 +1461,11 @@ def evaluate_command(modes: dict, given: dict) -> None:
         actions = envs.single_action_space.shape[0]
         agent = Dreamer(config, actions, pick_device(config.device))
         load_agent(agent, state)
+        with fitting_checkpoint():
+            step = state["progress"]["step"]
+        describe(agent, f"evaluation of {path}")
         episodes = evaluate(agent, envs, stop)
-    write_evaluation(agent, state["progress"]["step"], path, episodes)
+    write_evaluation(agent, step, path, episodes)
 
 
 def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]) -> None:
@@ -1485,10 +1511,11 @@ def benchmark_command(modes: dict, given: dict) -> None:
     if path and (path.is_dir() or not path.parent.is_dir()):  # before minutes of work
         what = "is a folder" if path.is_dir() else f"no folder {path.parent}"
         raise utils.RunError(f"--json {path}: {what}")
-    with tempfile.TemporaryDirectory() as scratch, utils.StopSignal() as stop:
+    with tempfile.TemporaryDirectory() as scratch, utils.StopSignal(config.max_hours) as stop:
         folder = Path(scratch)
         (folder / "episodes").mkdir()
         trainer = Trainer(config, folder, stop)
+        describe(trainer.agent, "benchmark")
         trainer.open_logs()
         try:
             result = benchmark(trainer)
@@ -1509,6 +1536,10 @@ def benchmark(trainer: Trainer) -> dict:
         p.step = step
         trainer.collect()
 
+    def gradient_step():
+        trainer.stop.check()
+        trainer.gradient_step()
+
     random_seconds = seconds_of(lambda: collect_from(0), 3)  # before `seed_steps`
     frames = p.step
     suite_seconds = seconds_of(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
@@ -1518,8 +1549,9 @@ def benchmark(trainer: Trainer) -> dict:
         acting_seconds = seconds_of(lambda: policy(image), 20)
     sample_seconds = seconds_of(lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
-    update_seconds = seconds_of(trainer.gradient_step, 5)
+    update_seconds = seconds_of(gradient_step, 5)
     peak_memory = utils.peak_memory_gb(trainer.device)
+    trainer.stop.check()
     with FlopCounterMode(display=False) as counter:
         agent._update(trainer.batch(0))  # not captured: the counter sees no operation of a graph
     matmul = utils.matmul_flops(trainer.device, agent.precision)
@@ -1566,15 +1598,12 @@ def work_of_run(config: Config, frames: int) -> tuple[int, int, int, int]:
     return prefill, updates, iterations * collected, evaluations
 
 
-def describe(trainer: Trainer) -> None:
+def describe(agent: Dreamer, what: str) -> None:
     """Prints the resolved settings, so that a log says what was run."""
-    device, config = trainer.device, trainer.config
+    device, config = agent.device, agent.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    precision = trainer.agent.precision
-    print(f"run {trainer.folder} on {name} in {precision}, preset {config.preset}")
-    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()))
-    print(f"pictures: {trainer.env.unwrapped.renderer}")
-    print(f"replay: {trainer.replay}", flush=True)
+    print(f"{what} on {name} in {agent.precision}, preset {config.preset}")
+    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
 
 
 # What a user can mend: one line each, exit code 2.

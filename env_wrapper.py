@@ -135,8 +135,9 @@ def parse_task(name: str) -> tuple[str, str]:
             key = domain + key[len(short) :]
     if key in tasks:
         return tasks[key]
-    names = {"-".join(pair): None for pair in tasks.values()}
-    close = difflib.get_close_matches(key.replace("_", "-"), names, n=3, cutoff=0.4)
+    names, wanted = ["-".join(pair) for pair in tasks.values()], key.replace("_", "-")
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    close = close or [each for each in names if wanted and wanted in each.lower()][:3]
     hint = f"; the closest: {', '.join(close)}" if close else ""
     raise UnknownTask(f"the Control Suite has no task {name!r}{hint}")
 

@@ -3,6 +3,7 @@ videos, and the machine: CUDA graphs, timing, memory.
 """
 
 import ctypes
+import errno
 import functools
 import gc
 import io
@@ -16,7 +17,7 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,14 @@ def atomic_file(path: Path):
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut, where the system can do that."""
+    """Makes a rename in `folder` survive a power cut, where system and mount can do that."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a mount that knows no such thing
+                raise
         finally:
             os.close(descriptor)
 
@@ -116,7 +120,8 @@ def load_checkpoint(path: Path) -> dict:
         raise
     except Exception as error:  # the readers raise whatever a damaged archive provokes
         raise RunError(f"{path} is not a checkpoint, or is damaged") from error
-    if not isinstance(state, dict) or not {"agent", "config", "progress"} <= state.keys():
+    parts = ("agent", "config", "progress")
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in parts):
         raise RunError(f"{path} is not a checkpoint of this program")
     return state
 
@@ -586,13 +591,24 @@ def cores() -> int:
 
 
 def free_memory_gb(device: torch.device) -> float:
-    """Memory that a device can still give, in 10^9 bytes; 4 where it cannot be told."""
+    """Memory that a device can still give, in 10^9 bytes; 4 where it cannot be told.
+
+    On a CPU the system's, or what a container (cgroup v2) may still take if that is less.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024 / 1e9
-    except OSError:
-        pass
-    return 4.0
+    free = []
+    with suppress(OSError, ValueError, StopIteration):
+        free.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
+    with suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = _entry(group / "memory.stat", "inactive_file")  # given back when it is wanted
+        free.append(max(0, limit - used + cache))
+    return min(free, default=4e9) / 1e9
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number after `name` in a file of such lines."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return int(next(words[1] for words in lines if words[:1] == [name]))

@@ -69,8 +69,8 @@ def test_every_scalar_of_the_glossary_is_written(finished):
         "eval/return_max", "loss/world", "loss/image", "loss/reward", "loss/actor", "loss/value",
         "kl", "entropy/prior", "entropy/posterior", "entropy/policy", "grad_norm/world",
         "grad_norm/actor", "grad_norm/value", "time/collect_fps", "time/sample_ms",
-        "time/update_ms", "time/hours", "replay/gigabytes", "replay/episodes", "policy/saturated",
-        "policy/std", "value/mean", "value/error", "reward/imagined",
+        "time/update_ms", "time/hours", "time/fps", "replay/gigabytes", "replay/episodes",
+        "policy/saturated", "policy/std", "value/mean", "value/error", "reward/imagined",
     }  # fmt: skip
 
 
@@ -106,6 +106,8 @@ def test_collecting_is_logged_in_frames_a_second(tmp_path, monkeypatch):
     assert train(tmp_path, total_steps=120, eval_episodes=1, video_interval=0) == 0
     fps = [row["time/collect_fps"] for row in rows(folder(tmp_path)) if "train/return" in row]
     assert fps == pytest.approx([40 / 3600] * 3, rel=0.1)
+    overall = [row["time/fps"] for row in rows(folder(tmp_path)) if "time/fps" in row]
+    assert overall == pytest.approx([40 / 3600] * 2, rel=0.1)  # of the prefill, of the iteration
 
 
 def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch, capsys):
@@ -315,6 +317,9 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     words = flags(**{**SHORT_RUN, "logdir": tmp_path / "runs", "collect_steps": 30})
     assert run("--benchmark", "--json", path, *words) == 0
     out, result = capsys.readouterr().out, json.loads(path.read_text())
+    first, settings, *_ = out.splitlines()
+    assert first == "benchmark on CPU in torch.float32, preset small"
+    assert "batch_size=4" in settings.split() and "cnn_depth=4" in settings.split()
     for name, value in result.items():
         assert name == "config" or name in out
         assert not isinstance(value, float) or value > 0
@@ -331,6 +336,23 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     error_line(capsys, run("--benchmark", "--json", tmp_path, *words), "--json", "is a folder")
     nowhere = tmp_path / "none" / "benchmark.json"
     error_line(capsys, run("--benchmark", "--json", nowhere), "--json", str(nowhere.parent))
+
+
+@pytest.mark.parametrize("max_hours, number, code", [(None, signal.SIGTERM, 143), (0, None, 0)])
+def test_a_benchmark_can_be_stopped(max_hours, number, code, tmp_path, monkeypatch, capsys):
+    steps, step = [], dreamer.Trainer.gradient_step
+
+    def counted(trainer):
+        steps.append(trainer.progress.updates)
+        os.kill(os.getpid(), number)
+        step(trainer)
+
+    monkeypatch.setattr(dreamer.Trainer, "gradient_step", counted)
+    words = flags(**{**SHORT_RUN, "logdir": tmp_path / "runs", "collect_steps": 30})
+    words += [] if max_hours is None else ["--max-hours", max_hours]
+    assert run("--benchmark", *words) == code
+    assert len(steps) == (1 if number else 0)
+    assert "stopped by" in capsys.readouterr().out
 
 
 def test_a_run_without_evaluations_and_videos_learns_the_same(finished, tmp_path):
@@ -971,6 +993,70 @@ def test_a_checkpoint_of_other_sizes(finished, tmp_path, capsys):
     for mode in ("--train", "--evaluate"):
         line = error_line(capsys, run(mode, "--restore", *words), "does not fit", "size mismatch")
         assert len(line) < 300
+
+
+def foreign(**changes):
+    """Puts other things into a checkpoint; None takes one out."""
+
+    def change(state):
+        for name, value in changes.items():
+            state.pop(name) if value is None else state.update({name: value})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, modes",
+    [
+        (foreign(actions=None), "te"),
+        (foreign(agent="weights"), "te"),
+        (foreign(agent={"networks": {}}), "te"),
+        (foreign(progress={"steps": 240}), "te"),
+        (foreign(progress={"step": 240, "best": 1.0}), "t"),
+        (foreign(every={"snapshot": 5}), "t"),
+        (foreign(files=None), "t"),
+        (foreign(metrics=None), "t"),
+        (foreign(random={}), "t"),
+        (foreign(config={"algo": "PlaNet"}), "e"),
+        (foreign(config={"batch_size": "4"}), "e"),
+        (foreign(config={"precision": "fp8"}), "e"),
+    ],
+)
+def test_a_checkpoint_that_another_program_wrote(change, modes, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in utils.checkpoints(folder(tmp_path) / "checkpoints"):
+        state = utils.load_checkpoint(path)
+        change(state)
+        utils.save_checkpoint(path, state)
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+    for mode in modes:
+        command = {"t": ("--train", "--total-steps", 280), "e": ("--evaluate",)}[mode]
+        error_line(capsys, run(*command, "--restore", *words))
+
+
+@pytest.mark.parametrize(
+    "name, value, reason",
+    [
+        ("algo", "Dreamerv3", "Dreamerv1, Dreamerv2"),
+        ("algo", 2, "not of type str"),
+        ("precision", "fp8", "fp32"),
+        ("device", "tpu", "choose cpu"),
+        ("batch_size", "4", "not of type int"),
+        ("discount", "high", "not of type float"),
+        ("discount", 2, "at most 1"),
+        ("kl_balance", [0.8], "not of type float"),
+        ("eager", "no", ""),  # holds for one start: that of a file is not read
+    ],
+)
+def test_a_config_that_was_edited(name, value, reason, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    path = folder(tmp_path) / "config.json"
+    utils.write_json(path, {**json.loads(path.read_text()), name: value})
+    code = run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path))
+    if reason:
+        error_line(capsys, code, name, reason)
+    else:
+        assert code == 0
 
 
 def test_flags_that_contradict_the_saved_run(finished, capsys):

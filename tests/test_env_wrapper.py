@@ -164,6 +164,8 @@ def test_every_task_is_found_under_every_spelling_of_its_name():
         ("cheetah_jog", "cheetah-run"),
         ("cup-catsh", "ball_in_cup-catch"),
         ("Quadruped-Wlak", "quadruped-walk"),
+        ("cup", "ball_in_cup-catch"),  # a part of a name
+        ("CMU", "humanoid_CMU-run"),
     ],
 )
 def test_an_unknown_task_is_told_the_closest_names_in_one_line(name, close):

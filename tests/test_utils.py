@@ -1,14 +1,18 @@
 """Files, logs, random states and signals, each against what is on the disk afterwards."""
 
+import errno
 import io
 import json
 import os
 import pickle
 import random
 import signal
+import stat
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import emulated_card
@@ -60,6 +64,23 @@ def test_an_atomic_file_that_fails_changes_nothing(old, error, tmp_path):
         raise error
     assert (path.read_bytes() if old else path.exists()) == (old or False)
     assert names(tmp_path) == (["x.bin"] if old else [])
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_mount_that_cannot_sync_folders_keeps_files_all_the_same(number, tmp_path, monkeypatch):
+    """But an error of the disk is one."""
+    sync = os.fsync
+
+    def refuses(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses)
+    error = nullcontext() if number == errno.EINVAL else pytest.raises(OSError)
+    with error, utils.atomic_file(tmp_path / "x.bin") as file:
+        file.write(b"new")
+    assert (tmp_path / "x.bin").read_bytes() == b"new"
 
 
 def test_an_atomic_file_needs_its_folder(tmp_path):
@@ -772,6 +793,37 @@ def test_one_thread_inside_and_as_many_as_before_outside():
 
 def test_free_memory_is_a_number_of_gigabytes():
     assert 0 < utils.free_memory_gb(torch.device("cpu")) < 1e5
+
+
+SYSTEM = {"/proc/meminfo": "MemTotal: 9000000 kB\n\nMemAvailable:  8000000 kB\n"}
+GROUP = {
+    "/sys/fs/cgroup/memory.max": "3000000000\n",
+    "/sys/fs/cgroup/memory.current": "2500000000\n",
+    "/sys/fs/cgroup/memory.stat": "anon 1000\ninactive_file 500000000\nactive_file 7\n",
+}
+
+
+@pytest.mark.parametrize(
+    "files, gigabytes",
+    [
+        ({}, 4.0),
+        (SYSTEM, 8.192),
+        (SYSTEM | GROUP, 1.0),
+        (SYSTEM | GROUP | {"/sys/fs/cgroup/memory.max": "max\n"}, 8.192),
+        (SYSTEM | GROUP | {"/sys/fs/cgroup/memory.max": "90000000000\n"}, 8.192),
+        (SYSTEM | GROUP | {"/sys/fs/cgroup/memory.max": "1000000\n"}, 0.0),
+        (SYSTEM | GROUP | {"/sys/fs/cgroup/memory.stat": ""}, 8.192),
+        ({"/proc/meminfo": "MemTotal: 9000000 kB\n"}, 4.0),
+    ],
+)
+def test_free_memory_is_the_systems_or_the_containers(files, gigabytes, monkeypatch):
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert utils.free_memory_gb(torch.device("cpu")) == gigabytes
 
 
 # ------------------------------------------------------------------------------------ progress bar
