@@ -21,7 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEYS = ("image", "action", "reward", "discount")
+
+def layout(rows: int, actions: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each array of that many rows, for `actions` action dimensions."""
+    return {
+        "image": ((rows, 64, 64, 3), "uint8"),
+        "action": ((rows, actions), "float32"),
+        "reward": ((rows,), "float32"),
+        "discount": ((rows,), "float32"),
+    }
+
+
+KEYS = tuple(layout(0, 0))
 
 
 class DamagedEpisode(ValueError):
@@ -63,17 +74,11 @@ def load_episode(path: Path, actions: int) -> dict:
     except Exception as error:  # damage provokes whatever the parsers of zip and npy can raise
         raise DamagedEpisode(f"{type(error).__name__}: {error}") from error
     rows = len(episode["reward"]) if episode["reward"].ndim else 0
-    expected = {
-        "image": ((rows, 64, 64, 3), np.uint8),
-        "action": ((rows, actions), np.float32),
-        "reward": ((rows,), np.float32),
-        "discount": ((rows,), np.float32),
-    }
-    for key, (shape, dtype) in expected.items():
+    for key, (shape, dtype) in layout(rows, actions).items():
         array = episode[key]
         if rows < 2 or array.shape != shape or array.dtype != dtype:
             raise DamagedEpisode(f"{key} is {array.dtype}{list(array.shape)}")
-        if array.dtype == np.float32 and not np.isfinite(array).all():
+        if dtype == "float32" and not np.isfinite(array).all():
             raise DamagedEpisode(f"{key} holds numbers that are not finite")
     return episode
 
@@ -101,10 +106,8 @@ class ReplayBuffer:
     def __init__(self, capacity: int, actions: int, device: torch.device | str = "cpu"):
         self.capacity, self.device = capacity, torch.device(device)
         self._rows = {
-            "image": torch.empty(capacity, 64, 64, 3, dtype=torch.uint8, device=device),
-            "action": torch.empty(capacity, actions, device=device),
-            "reward": torch.empty(capacity, device=device),
-            "discount": torch.empty(capacity, device=device),
+            key: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for key, (shape, dtype) in layout(capacity, actions).items()
         }
         self._episodes = deque()  # (first row, rows) of each episode, oldest first
         self._table = np.empty((0, 2), np.int64)  # the same, to compute with
