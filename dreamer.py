@@ -84,7 +84,7 @@ def algorithm(name: str) -> str:
     return {known.lower(): known for known in ALGORITHMS}.get(name.lower(), name)
 
 
-def number_or_none(text: str) -> float | None:
+def number(text: str) -> float | None:
     """A number, or None for the word `none`."""
     return None if text.lower() == "none" else float(text)
 
@@ -126,7 +126,7 @@ class Config:
     )  # fmt: skip
     checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: first, best, last only")
     video_interval: int = flag(50_000, "frames between videos, made at evaluations; 0: none")
-    max_hours: float = flag(None, "stop cleanly after so many hours")
+    max_hours: float = flag(None, "stop cleanly after so many hours", type=number)
 
     action_repeat: int = flag(2, "frames an action is held", group="environment", minimum=1)
     time_limit: int = flag(1000, "frames of an episode", minimum=1)
@@ -156,7 +156,7 @@ class Config:
     free_nats: float = flag(None, "KL in nats below which it is not reduced")
     kl_balance: float = flag(
         None, "share of the KL that trains the prior; none: no balancing",
-        type=number_or_none, maximum=1,
+        type=number, maximum=1,
     )  # fmt: skip
     kl_scale: float = flag(1.0, "weight of the KL in the model's loss")
     reward_scale: float = flag(None, "weight of the reward in the model's loss")
@@ -175,18 +175,16 @@ class Config:
 
 
 # What a restored run may change. Another device or precision rounds otherwise: only on a CPU, in
-# the same precision, does a run go on bit for bit.
+# the same precision, does a run go on bit for bit. The folder that `exp` names may be a copy.
 MAY_CHANGE = {
     "device", "precision", "total_steps", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "vector_env",
+    "checkpoint_interval", "video_interval", "vector_env", "exp",
 }  # fmt: skip
 # What holds for one start and is not restored: a run may have been moved, the clock starts anew
 # with every process, and no flag undoes --eager.
 ONE_START = {"logdir", "max_hours", "eager"}
 # An evaluation may also be of other episodes, and of another task of the same shape.
-EVALUATION_MAY_CHANGE = MAY_CHANGE | {
-    "env", "exp", "seed", "action_repeat", "time_limit", "act_memory",
-}  # fmt: skip
+EVALUATION_MAY_CHANGE = MAY_CHANGE | {"env", "seed", "action_repeat", "time_limit", "act_memory"}
 
 
 def pick_device(name: str) -> torch.device:
@@ -258,11 +256,13 @@ def check(config: Config) -> None:
             raise utils.RunError(f"{f.name} {value!r}: not of type {f.type.__name__}")
         if choices and value not in choices:
             raise utils.RunError(f"{f.name} {value!r}: choose from {', '.join(choices)}")
-        least, most = f.metadata.get("minimum", 0), f.metadata.get("maximum", math.inf)
+        least = f.metadata.get("minimum", 0)
+        most = f.metadata.get("maximum", math.inf if f.type is float else 10**12)
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise utils.RunError(f"--{f.name.replace('_', '-')} {value}: {bound}")
-    if Path(config.exp).name != config.exp or config.exp in ("", ".."):
+    name = config.exp
+    if Path(name).name != name or name in ("", "..") or not name.isprintable():
         raise utils.RunError(f"--exp {config.exp!r}: a name, not a path")
     if config.precision == "fp16" and pick_device(config.device).type == "cpu":
         raise utils.RunError("--precision fp16 needs CUDA; a CPU takes fp32 or bf16")
@@ -979,6 +979,8 @@ class Trainer:
             finished = False
             while not finished:
                 self.stop.check()
+                if reason := utils.lost_output():  # whoever read the log is gone, or its disk full
+                    raise utils.Stopped(f"standard output: {reason}", 2)
                 if p.updates_left:
                     self.gradient_step()
                 elif p.step < p.iteration_end:
@@ -1231,9 +1233,9 @@ class Trainer:
                 aside = path.parent / "damaged"
                 aside.mkdir(exist_ok=True)
                 path.replace(aside / path.name)
-                print(f"damaged episode, moved to {aside}: {path.name}: {error}")
+                utils.say(f"damaged episode, moved to {aside}: {path.name}: {error}")
             else:
-                print(f"missing episode: {path}")
+                utils.say(f"missing episode: {path}")
 
     def forget_after(self, step: int) -> None:
         """Removes episodes that the run has not seen, and checkpoints later than `step`."""
@@ -1383,7 +1385,7 @@ def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None
         try:
             return path, utils.load_checkpoint(path)
         except utils.RunError as error:
-            print(f"{error}: trying the one before")
+            utils.say(f"{error}: trying the one before")
     if paths:
         raise utils.RunError(f"no checkpoint of {folder / 'checkpoints'} can be read")
     return None, None
@@ -1391,7 +1393,7 @@ def find_checkpoint(modes: dict, folder: Path) -> tuple[Path | None, dict | None
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:
     """Whether a checkpoint is the run's own."""
-    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    return checkpoint.parent.resolve() == (folder / "checkpoints").resolve()
 
 
 def train_command(modes: dict, given: dict) -> None:
@@ -1430,14 +1432,14 @@ def train_command(modes: dict, given: dict) -> None:
             utils.clear_temporaries(folder / name)
         trainer = Trainer(config, folder, stop)
         describe(trainer.agent, f"run {folder}")
-        print(f"pictures: {trainer.env.unwrapped.renderer}")
-        print(f"replay: {trainer.replay}")
+        utils.say(f"pictures: {trainer.env.unwrapped.renderer}")
+        utils.say(f"replay: {trainer.replay}")
         if path:
             trainer.restore(state)
-        print(f"from {path or 'the start'}", flush=True)
+        utils.say(f"from {path or 'the start'}")
         if trainer.complete:
             frames = trainer.progress.step
-            print(f"this run is complete: {frames} frames (raise --total-steps to go on)")
+            utils.say(f"this run is complete: {frames} frames (raise --total-steps to go on)")
             return
         utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
@@ -1472,8 +1474,8 @@ def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]
     """Prints the returns; writes their JSON, GIFs of the best and the worst episode, a dream."""
     config, returns = agent.config, [e["return"] for e in episodes]
     for number, each in enumerate(returns, 1):
-        print(f"episode {number}: return {each:.1f}")
-    print(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
+        utils.say(f"episode {number}: return {each:.1f}")
+    utils.say(f"{config.env} at {step} frames: {np.mean(returns):.1f} ± {np.std(returns):.1f}")
     folder = run_folder(config)
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     result = {
@@ -1500,7 +1502,7 @@ def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]
     }
     for name, (frames, fps) in videos.items():
         utils.save_gif(folder / "videos" / f"evaluation-{step}-{name}.gif", frames, fps)
-    print(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
+    utils.say(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
 
 
 def benchmark_command(modes: dict, given: dict) -> None:
@@ -1508,8 +1510,9 @@ def benchmark_command(modes: dict, given: dict) -> None:
     config = resolve(given)
     check_lengths(config)
     path = Path(modes["json"]) if "json" in modes else None
-    if path and (path.is_dir() or not path.parent.is_dir()):  # before minutes of work
-        what = "is a folder" if path.is_dir() else f"no folder {path.parent}"
+    if path and not path.is_file() and (path.exists() or not path.parent.is_dir()):
+        other = "is a folder" if path.is_dir() else "is no file"  # but a device, say
+        what = other if path.exists() else f"no folder {path.parent}"
         raise utils.RunError(f"--json {path}: {what}")
     with tempfile.TemporaryDirectory() as scratch, utils.StopSignal(config.max_hours) as stop:
         folder = Path(scratch)
@@ -1522,7 +1525,7 @@ def benchmark_command(modes: dict, given: dict) -> None:
         finally:
             trainer.close()
     for name, value in result.items():
-        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+        utils.say(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
     if path:
         utils.write_json(path, {**result, "config": asdict(config)})
 
@@ -1602,8 +1605,8 @@ def describe(agent: Dreamer, what: str) -> None:
     """Prints the resolved settings, so that a log says what was run."""
     device, config = agent.device, agent.config
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{what} on {name} in {agent.precision}, preset {config.preset}")
-    print("  ".join(f"{key}={value}" for key, value in asdict(config).items()), flush=True)
+    utils.say(f"{what} on {name} in {agent.precision}, preset {config.preset}")
+    utils.say("  ".join(f"{key}={value}" for key, value in asdict(config).items()))
 
 
 # What a user can mend: one line each, exit code 2.
@@ -1637,18 +1640,21 @@ def command(argv: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    utils.open_streams()
     try:
         command(argv)
+        if reason := utils.lost_output():
+            raise utils.RunError(f"standard output: {reason}; all the rest is done")
     except utils.Stopped as stopped:
         hint = "; --train --restore goes on" if "--train" in argv else ""
-        print(f"stopped by {stopped}{hint}")
+        print(f"stopped by {stopped}{hint}", file=sys.stderr if stopped.code == 2 else sys.stdout)
         return stopped.code
     except KeyboardInterrupt:
         return 130
     except USER_ERRORS as error:
         print(f"dreamer.py: error: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
         if not (line := machine_error(error)):
             raise
         print(f"dreamer.py: error: {line}", file=sys.stderr)
@@ -1662,8 +1668,7 @@ def machine_error(error: Exception) -> str | None:
         place = f": {error.filename}" if error.filename else ""
         theirs = error.strerror and error.errno not in PROGRAM_ERRORS
         return f"{error.strerror}{place}" if theirs else None
-    # On a CPU, PyTorch's allocator has no exception of its own.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if utils.out_of_memory(error):
         return "out of memory; a new run takes less with a lower --buffer-gb or --batch-size"
     return None
 

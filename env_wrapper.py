@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import functools
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import subprocess
@@ -85,7 +86,8 @@ def choose_gl() -> str | None:
     Raises:
         NoRenderer: none does; the message is two lines, the second the way out.
     """
-    chosen = os.environ.get("MUJOCO_GL")
+    # MuJoCo takes capitals, dm_control does not.
+    chosen = os.environ.get("MUJOCO_GL", "").lower() or None
     if not sys.platform.startswith("linux") or (chosen and chosen == os.environ.get(_PROBED)):
         return chosen
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -329,8 +331,8 @@ class _ParallelEnvs(gym.vector.AsyncVectorEnv):
 def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     """`n` environments that are stepped together, `make_env(*arguments)` each.
 
-    In parallel each is a process of its own. These ignore Ctrl-C and SIGTERM, which may reach
-    every process of a group: the process that made them answers, and closes them.
+    In parallel each is a process of its own. These never get Ctrl-C and SIGTERM, which may be sent
+    to every process of a group: the process that made them answers, and closes them.
 
     Raises:
         WorkerDied: one of these is gone; so do `reset` and `step`.
@@ -348,10 +350,25 @@ def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
     file = main.__dict__.pop("__file__", None)
     try:
         envs = [functools.partial(_make_in_worker, os.getpid(), *arguments)] * n
-        return _ParallelEnvs(envs, context=context)
+        with _signals_held():
+            return _ParallelEnvs(envs, context=context)
     finally:
         if file is not None:
             main.__file__ = file
+
+
+@contextlib.contextmanager
+def _signals_held():
+    """Inside, Ctrl-C and SIGTERM wait. Processes that begin here inherit that, and for ever."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # which lets them through as it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill_workers() -> None:

@@ -116,9 +116,9 @@ def load_checkpoint(path: Path) -> dict:
             raise zipfile.BadZipFile(damaged)
         data.seek(0)
         state = torch.load(data, map_location="cpu", weights_only=True)
-    except MemoryError:  # no fault of the file
-        raise
     except Exception as error:  # the readers raise whatever a damaged archive provokes
+        if out_of_memory(error):  # no fault of the file
+            raise
         raise RunError(f"{path} is not a checkpoint, or is damaged") from error
     parts = ("agent", "config", "progress")
     if not isinstance(state, dict) or not all(isinstance(state.get(k), dict) for k in parts):
@@ -128,7 +128,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("*.pt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    files = (p for p in folder.glob("*.pt") if p.stem.isdecimal() and p.is_file())
+    return sorted(files, key=lambda p: int(p.stem))
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
@@ -237,6 +238,34 @@ class StopSignal:
             raise Stopped("--max-hours", 0)
 
 
+_lost_output = []  # why standard output can no longer be written
+
+
+def say(text: str) -> None:
+    """Prints a line. Where that fails, as in a closed pipe, `lost_output` tells."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        _lost_output.append(error.strerror)
+        # What is still in its buffer would fail once more at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def lost_output() -> str | None:
+    """Why `say` could not print something, if so."""
+    return _lost_output[0] if _lost_output else None
+
+
+def open_streams() -> None:
+    """Makes the standard streams such that no character fails, and that there are all of them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when the process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 @contextmanager
 def run_lock(folder: Path):
     """Holds `folder/lock` while a process uses the run; the system frees it when that one dies.
@@ -287,7 +316,8 @@ class Logger:
     """Scalars to `metrics.jsonl` and TensorBoard, videos to TensorBoard and `videos/`.
 
     The files only grow, so their sizes say what had been written at a checkpoint: `state_dict`
-    gives them, and a logger that is made with that state cuts off what came after.
+    gives them, and a logger that is made with that state cuts off what came after. A file that has
+    become shorter is named, and loses its unfinished row.
     """
 
     def __init__(self, folder: Path, state: dict | None = None):
@@ -303,11 +333,20 @@ class Logger:
                 path.unlink()
             elif path.stat().st_size > size:
                 os.truncate(path, size)
+        self._name_shorter(sizes)
         self._jsonl = (folder / "metrics.jsonl").open("a")
         # note: TensorBoard's own writer is a thread, in which a full disk would end in a traceback
         self._events = RecordWriter((folder / f"events.out.tfevents.{time.time_ns()}").open("ab"))
         header = Event(wall_time=time.time(), file_version="brain.Event:2")
         self._events.write(header.SerializeToString())
+
+    def _name_shorter(self, sizes: dict) -> None:
+        here = {path.name: path for path in self._files()}
+        for name, size in sizes.items():
+            if name not in here or here[name].stat().st_size < size:
+                say(f"{self.folder / name} is shorter than at the checkpoint: what is lost is lost")
+                if name in here and name.endswith(".jsonl"):
+                    os.truncate(here[name], here[name].read_bytes().rfind(b"\n") + 1)
 
     def _files(self) -> list[Path]:
         return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
@@ -351,7 +390,7 @@ class ProgressBar:
     def __init__(self, total: int, step: int):
         self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self._total, self._first, self._started = total, step, time.monotonic()
-        self._next = self._started
+        self._next, self._complete = self._started, False
         # Most updates are gradient steps, which take long and add no frame: only the rate of the
         # whole process tells the time left.
         options = {"total": total, "initial": step, "unit": "frame", "dynamic_ncols": True}
@@ -360,13 +399,14 @@ class ProgressBar:
     def update(self, step: int, text: str) -> None:
         """Shows where the run stands: frames, rate and time left, then `text`."""
         step, now = min(step, self._total), time.monotonic()
-        if now < self._next and step < self._total:
+        if now < self._next and (step < self._total or self._complete):
             return
+        self._complete = step == self._total
         self._next = now + (60 if self._lines else 0.5)
         if self._lines:
             meter = {"initial": self._first, "unit": "frame", "postfix": text, "ncols": 0}
             elapsed = now - self._started
-            print(tqdm.format_meter(step, self._total, elapsed, **meter), flush=True)
+            say(tqdm.format_meter(step, self._total, elapsed, **meter))
         else:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.n = step
@@ -374,7 +414,8 @@ class ProgressBar:
 
     def write(self, line: str) -> None:
         """A line of its own, above the bar."""
-        tqdm.write(line) if not self._lines else print(line, flush=True)
+        with tqdm.external_write_mode():
+            say(line)
 
     def close(self) -> None:
         self._bar.close()
@@ -573,6 +614,12 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what is wrong: on a CPU, PyTorch's allocator has no exception of its own."""
+    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return named or "allocate memory" in str(error)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -334,6 +334,8 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
     error_line(capsys, run("--train", "--json", path), "--benchmark")
     error_line(capsys, run("--benchmark", "--json", tmp_path, *words), "--json", "is a folder")
+    os.mkfifo(tmp_path / "pipe") if hasattr(os, "mkfifo") else (tmp_path / "pipe").mkdir()
+    error_line(capsys, run("--benchmark", "--json", tmp_path / "pipe", *words), "--json", "is ")
     nowhere = tmp_path / "none" / "benchmark.json"
     error_line(capsys, run("--benchmark", "--json", nowhere), "--json", str(nowhere.parent))
 
@@ -810,7 +812,7 @@ TOO_LARGE = {
 }  # fmt: skip
 
 
-NO_NAMES = [("exp", name) for name in ("..", ".", "a/b", "/tmp")]
+NO_NAMES = [("exp", name) for name in ("..", ".", "a/b", "/tmp", "a\nb", "\udcff")]
 
 
 @pytest.mark.parametrize("name, value", [*BAD_VALUES.items(), *TOO_LARGE.items(), *NO_NAMES])
@@ -1059,6 +1061,20 @@ def test_a_config_that_was_edited(name, value, reason, finished, tmp_path, capsy
         assert code == 0
 
 
+def test_a_run_that_was_renamed_and_whose_checkpoints_are_links(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    renamed = folder(tmp_path / "runs", exp="branch")
+    renamed.parent.parent.mkdir(exist_ok=True)
+    folder(tmp_path / "runs").parent.rename(renamed.parent)
+    for path in utils.checkpoints(renamed / "checkpoints"):
+        path.symlink_to(path.rename(tmp_path / path.name))
+    words = flags(env="cartpole-balance", logdir=tmp_path / "runs", exp="branch")
+    assert run("--evaluate", "--restore", *words) == 0
+    assert run("--train", "--restore", "--total-steps", 280, *words) == 0
+    assert last_state(renamed)["progress"]["step"] == 280
+    assert json.loads((renamed / "config.json").read_text())["exp"] == "branch"
+
+
 def test_flags_that_contradict_the_saved_run(finished, capsys):
     words = flags(env="cartpole-balance", logdir=finished, batch_size=9, discount=0.5)
     line = error_line(capsys, run("--train", "--restore", *words))
@@ -1100,7 +1116,11 @@ def test_a_run_in_use(finished, capsys):
     error_line(capsys, code, "in use", str(folder(finished)))
 
 
-@pytest.mark.parametrize("allocate", [np.empty, torch.empty])
+def mujoco_empty(_):
+    raise ValueError("Error: Could not allocate memory for texture")
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty, mujoco_empty])
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, allocate):
     monkeypatch.setattr(dreamer.Dreamer, "update", lambda *_: allocate(10**15))
     error_line(capsys, train(tmp_path), "out of memory", "--batch-size")

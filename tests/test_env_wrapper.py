@@ -578,6 +578,7 @@ def fake_probe(monkeypatch, outcomes):
     "variable, value, expected",
     [
         ("MUJOCO_GL", "osmesa", "osmesa"),
+        ("MUJOCO_GL", "OSMesa", "osmesa"),  # the one spelling that dm_control takes
         ("DISPLAY", ":0", "glfw"),
         ("WAYLAND_DISPLAY", "w-0", "glfw"),
     ],

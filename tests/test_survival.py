@@ -219,6 +219,96 @@ def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+def test_workers_that_begin_take_no_signals():
+    """Ctrl-C all the while that they are made; the process that makes them notes it."""
+    code = (
+        "import env_wrapper, os, signal, threading, time\n"
+        "seen, made = [], threading.Event()\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda *arguments: seen.append(arguments[0]))\n"
+        "def shoot():\n"
+        "    while not made.wait(0.05):\n"
+        "        for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "            os.killpg(0, number)\n"
+        "thread = threading.Thread(target=shoot)\n"
+        "env_wrapper.choose_gl()  # before, as that waits for a process of its own\n"
+        "thread.start()\n"
+        "envs = env_wrapper.make_vector_env(2, True, 'cartpole-balance')\n"
+        "envs.reset(seed=[1, 2])\n"
+        "made.set(); thread.join(); envs.close()\n"
+        "print(sorted({int(number) for number in seen}))"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    assert process.communicate(timeout=120)[0] == b"[2, 15]\n" and process.returncode == 0
+
+
+def in_a_shell(command: str, **options):
+    """What a shell makes of a command line in which `dreamer` stands for the program."""
+    line = command.replace("dreamer", f"'{sys.executable}' dreamer.py")
+    return subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+@pytest.mark.parametrize("lines", [1, 6])
+def test_a_run_whose_output_nobody_reads_is_saved_and_goes_on(lines, finished, tmp_path):
+    """At once, and at the first evaluation."""
+    words = flags(**{**SHORT_RUN, "logdir": tmp_path})
+    first = in_a_shell(
+        f"dreamer --train {' '.join(words)} | head -{lines}; exit ${{PIPESTATUS[0]}}"
+    )
+    assert first.returncode == 2 and len(first.stdout.splitlines()) == lines
+    assert first.stderr == ("stopped by standard output: Broken pipe; --train --restore goes on\n")
+    assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) > lines // 6
+    assert run("--train", "--restore", *words) == 0
+    assert differences(folder(finished), folder(tmp_path)) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_an_evaluation_whose_output_nobody_reads_is_written(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    words = " ".join(flags(env="cartpole-balance", logdir=tmp_path))
+    result = in_a_shell(f"dreamer --evaluate --restore {words} | true; exit ${{PIPESTATUS[0]}}")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "dreamer.py: error: standard output: Broken pipe; all the rest is done\n"
+    )
+    assert (folder(tmp_path) / "evaluation-240.json").exists()
+    assert (folder(tmp_path) / "videos" / "evaluation-240-dream.gif").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+@pytest.mark.parametrize(
+    "streams, encoding", [("2>&-", "utf-8"), (">&- 2>&-", "utf-8"), ("", "ascii")]
+)
+def test_a_run_without_streams_or_with_few_characters(streams, encoding, finished, tmp_path):
+    words = " ".join(flags(**{**SHORT_RUN, "logdir": tmp_path}))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = in_a_shell(f"dreamer --train {words} {streams}", env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert differences(folder(finished), folder(tmp_path)) == []
+    assert encoding == "utf-8" or "frames: evaluation" in result.stdout
+
+
+def test_logs_that_became_shorter_are_named_and_stay_readable(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    metrics = folder(tmp_path) / "metrics.jsonl"
+    before = metrics.read_text().splitlines()
+    os.truncate(metrics, metrics.stat().st_size - 20)
+    (events,) = folder(tmp_path).glob("events.*")
+    events.unlink()
+    words = flags(env="cartpole-balance", logdir=tmp_path, total_steps=280)
+    assert run("--train", "--restore", *words) == 0
+    out = capsys.readouterr().out
+    assert f"{metrics} is shorter" in out and f"{events} is shorter" in out
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert rows[: len(before) - 1] == [json.loads(line) for line in before[:-1]]
+    assert rows[-1]["step"] == 280
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 def test_a_process_that_fails_ends_though_its_workers_were_not_closed():
     code = (
         "import env_wrapper, multiprocessing\n"

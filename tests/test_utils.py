@@ -176,14 +176,25 @@ def test_a_checkpoint_that_is_cut_short_is_refused(tmp_path):
         assert_no_checkpoint(path)
 
 
-def test_a_checkpoint_without_memory_to_read_it_is_not_called_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("allocate", [lambda: np.empty(10**15), lambda: torch.empty(10**15)])
+def test_a_checkpoint_without_memory_to_read_it_is_not_called_damaged(
+    tmp_path, monkeypatch, allocate
+):
     def full(*_, **__):
-        raise MemoryError
+        allocate()
 
     utils.save_checkpoint(tmp_path / "5.pt", checkpoint({"w": torch.zeros(3)}))
     monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(MemoryError):
+    with pytest.raises((MemoryError, RuntimeError), match="allocate") as error:
         utils.load_checkpoint(tmp_path / "5.pt")
+    assert not isinstance(error.value, RunError)
+
+
+def test_only_numbered_files_are_checkpoints(tmp_path):
+    for name in ("10.pt", "9.pt", "best.pt", "1².pt", "x10.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "500.pt").mkdir()
+    assert [path.name for path in utils.checkpoints(tmp_path)] == ["9.pt", "10.pt"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -880,6 +891,15 @@ def test_a_bar_on_a_terminal_shows_where_the_run_stands(clock, monkeypatch, caps
     assert "200/1000" in shown and "600/1000" in shown and "return 7" in shown
     assert "1000/1000" in shown and "return 8" in shown
     assert capsys.readouterr().out.splitlines() == ["a line of its own"]
+
+
+def test_a_run_past_its_end_is_told_of_once_and_then_as_often_as_before(clock, capsys):
+    """As where a restored run has fewer frames to go than it has behind it."""
+    bar = utils.ProgressBar(total=100, step=160)
+    for _ in range(200):
+        bar.update(160, "")
+        clock.seconds += 1
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_a_bar_on_a_terminal_is_drawn_twice_a_second_at_most(clock, monkeypatch):
