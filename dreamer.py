@@ -966,11 +966,7 @@ class Trainer:
     # ----------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Trains until `total_steps`.
-
-        A signal or the time limit leaves an exact checkpoint, but for what was done since the best
-        evaluation if no episode has come since.
-        """
+        """Trains until `total_steps`; a signal or the time limit leaves an exact checkpoint."""
         p = self.progress
         self.open_logs()
         try:
@@ -988,9 +984,9 @@ class Trainer:
                 else:
                     finished = self.end_iteration()
         except utils.Stopped:
-            # The checkpoint of the best evaluation keeps the weights that it was made with.
-            if p.step != p.best_step:
-                self.save()
+            if p.step == p.best_step:  # no episode has come since the best evaluation
+                utils.copy_best(self.folder / "checkpoints", p.step)
+            self.save()
             raise
         finally:
             self.close()
@@ -1242,8 +1238,9 @@ class Trainer:
         for path in (self.folder / "episodes").glob("*.npz"):
             if path.name not in self.episode_files:
                 path.unlink()
-        for path in utils.checkpoints(self.folder / "checkpoints"):
-            if int(path.stem) > step:
+        folder = self.folder / "checkpoints"
+        for path in [*utils.checkpoints(folder), *folder.glob("*-best.pt")]:
+            if int(path.stem.removesuffix("-best")) > step:
                 path.unlink()
 
 

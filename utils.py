@@ -132,10 +132,23 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(files, key=lambda p: int(p.stem))
 
 
+def copy_best(folder: Path, step: int) -> None:
+    """Copies the checkpoint of the best evaluation to `<step>-best.pt`, if that is not there yet,
+    before another one of the same step takes its place.
+    """
+    copy = folder / f"{step}-best.pt"
+    if not copy.exists():
+        with atomic_file(copy) as file:
+            file.write((folder / f"{step}.pt").read_bytes())
+
+
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and the one of step `best`."""
+    """Removes all but the newest `keep` checkpoints and those of step `best`."""
     for path in checkpoints(folder)[:-keep]:
         if int(path.stem) != best:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*-best.pt"):
+        if path.name != f"{best}-best.pt":
             path.unlink(missing_ok=True)
 
 

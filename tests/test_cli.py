@@ -495,22 +495,33 @@ def test_several_episodes_an_iteration_stopped_in_the_last_one(tmp_path, monkeyp
     assert "eval/return_mean" in {k for row in rows(folder(tmp_path / "b")) for k in row}
 
 
-def test_a_stop_leaves_the_checkpoint_of_the_best_evaluation_as_it_was(tmp_path, monkeypatch):
-    more = {"eval_interval": 80, "total_steps": 120}
-    looks = interrupt(monkeypatch, -1, None)
-    saved, save = [], dreamer.Trainer.save
+def test_a_stop_keeps_the_checkpoint_of_the_best_evaluation_beside_its_own(tmp_path, monkeypatch):
+    """Stopped twice after it, each time with one gradient step more."""
+    more, step = {"eval_interval": 80, "total_steps": 120}, dreamer.Trainer.gradient_step
 
-    def spy(self):
-        save(self)
-        saved.append((len(looks), last_state(self.folder)))
+    def stops(trainer):
+        step(trainer)
+        if trainer.progress.step == trainer.progress.best_step:
+            raise utils.Stopped("SIGTERM", 143)
 
-    monkeypatch.setattr(dreamer.Trainer, "save", spy)
+    checkpoints = folder(tmp_path / "b") / "checkpoints"
+    again = ["--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path / "b")]
+    with monkeypatch.context() as patch:
+        patch.setattr(dreamer.Trainer, "gradient_step", stops)
+        assert train(tmp_path / "b", **more) == 143
+        assert run(*again) == 143
+    best, newest = (utils.load_checkpoint(checkpoints / f"80{end}.pt") for end in ("-best", ""))
+    assert [state["progress"]["updates"] for state in (best, newest)] == [0, 2]
+    assert best["progress"]["best_step"] == newest["progress"]["best_step"] == 80
+    assert plain(best["agent"]) != plain(newest["agent"])
+    assert run(*again) == 0
     assert train(tmp_path / "a", **more) == 0
-    moment, best = saved[1]  # the first is the start
-    assert best["progress"]["best_step"] == 80
-    interrupt(monkeypatch, moment + 3, utils.Stopped("SIGTERM", 143))
-    assert train(tmp_path / "b", **more) == 143
-    assert plain(last_state(folder(tmp_path / "b"))["agent"]) == plain(best["agent"])
+    assert differences(folder(tmp_path / "a"), folder(tmp_path / "b")) == []
+    last = last_state(folder(tmp_path / "b"))["progress"]
+    assert (checkpoints / "80-best.pt").exists() == (last["best_step"] == 80)
+    start = checkpoints / "0.pt"  # before all that; of an evaluation to come there is no copy
+    assert run(*again, "--checkpoint-path", start, "--max-hours", 0) == 0
+    assert [path.name for path in checkpoints.iterdir()] == ["0.pt"]
 
 
 def test_going_on_from_an_older_checkpoint_forgets_what_came_later(finished, tmp_path, monkeypatch):

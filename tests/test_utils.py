@@ -267,9 +267,12 @@ def test_checkpoints_are_listed_by_step(tmp_path):
 def test_the_newest_three_and_the_best_are_kept(best, kept, tmp_path):
     for step in range(100, 1200, 100):
         (tmp_path / f"{step}.pt").touch()
-    (tmp_path / "notes.pt").touch()
+    for name in ("notes", "200-best", "900-best"):
+        (tmp_path / f"{name}.pt").touch()
     utils.prune_checkpoints(tmp_path, keep=3, best=best)
     assert [int(path.stem) for path in utils.checkpoints(tmp_path)] == kept
+    copies = [path.name for path in tmp_path.glob("*-best.pt")]
+    assert copies == (["200-best.pt"] if best == 200 else [])
     assert (tmp_path / "notes.pt").exists()
 
 
