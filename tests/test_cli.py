@@ -892,7 +892,7 @@ def test_a_restore_may_change_what_the_readme_says_and_nothing_else():
             assert "--" + name.replace("_", "-") in str(error)
     assert allowed == {
         "total_steps", "eval_interval", "checkpoint_interval", "video_interval", "eval_episodes",
-        "vector_env", "max_hours", "device", "precision", "eager", "logdir",
+        "vector_env", "max_hours", "device", "precision", "eager", "logdir", "exp",
     }  # fmt: skip
 
 
