@@ -252,7 +252,8 @@ def check(config: Config) -> None:
     """
     for f in fields(Config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if value is not None and not isinstance(value, f.type | int if f.type is float else f.type):
+        types = (int, float) if f.type is float else (f.type,)
+        if value is not None and type(value) not in types:
             raise utils.RunError(f"{f.name} {value!r}: not of type {f.type.__name__}")
         if choices and value not in choices:
             raise utils.RunError(f"{f.name} {value!r}: choose from {', '.join(choices)}")
@@ -904,6 +905,7 @@ class Progress:
     best_return: float = -math.inf
     best_step: int = -1  # frames at the best evaluation
     seconds: float = 0.0  # that the run took up to here, without what restores cut off
+    iteration_start: tuple[int, float] = (0, 0.0)  # frames and seconds at its start
 
 
 class Trainer:
@@ -939,7 +941,6 @@ class Trainer:
         self.episode_files = []  # files of the episodes seen, oldest first
         self.log_sizes = None  # sizes of the log files at the checkpoint that is restored
         self.started = self.logger = self.bar = None  # from `open_logs` on
-        self.iteration_start = None  # seconds and frames; also where this process began
         self.losses_text = ""  # the last losses, for the bar
 
     def _make_replay(self, actions: int) -> replay_buffer.ReplayBuffer:
@@ -993,7 +994,6 @@ class Trainer:
 
     def open_logs(self) -> None:
         self.started = time.monotonic() - self.progress.seconds
-        self.iteration_start = time.monotonic(), self.progress.step
         self.logger = utils.Logger(self.folder, self.log_sizes)
         self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
 
@@ -1117,10 +1117,9 @@ class Trainer:
         p.updates_left = c.update_steps if p.iterations else c.pretrain_steps
         p.iterations += 1
         p.iteration_end = p.step + c.collect_steps
-        now, (before, frames) = time.monotonic(), self.iteration_start
-        self.iteration_start = now, p.step
-        times = {"time/hours": (now - self.started) / 3600}
-        times["time/fps"] = (p.step - frames) / (now - before)
+        (frames, before), seconds = p.iteration_start, time.monotonic() - self.started
+        p.iteration_start = p.step, seconds
+        times = {"time/hours": seconds / 3600, "time/fps": (p.step - frames) / (seconds - before)}
         self.logger.scalars(p.step, {**times, "train/updates": p.updates})
         if complete or best or self.every["checkpoint"].due(p.step):
             self.every["checkpoint"].fired(p.step)
@@ -1209,15 +1208,15 @@ class Trainer:
                 self.every[name].last = last
             self.metrics.load_state_dict(state["metrics"])
             self.log_sizes = dict(state["files"])
-        for name in utils.bar(state["episodes"], "replay"):
+            episodes = [self.folder / "episodes" / name for name in state["episodes"]]
+            utils.set_random_state(state["random"])
+        for path in utils.bar(episodes, "replay"):
             self.stop.check()
-            self.load_episode(self.folder / "episodes" / name)
-        if state["episodes"] and not len(self.replay):
+            self.load_episode(path)
+        if episodes and not len(self.replay):
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")
         if not self.complete:
             self.forget_after(self.progress.step)
-        with fitting_checkpoint():
-            utils.set_random_state(state["random"])
 
     def load_episode(self, path: Path) -> None:
         """An episode from disk into the replay, or out of the way."""
@@ -1238,20 +1237,21 @@ class Trainer:
         for path in (self.folder / "episodes").glob("*.npz"):
             if path.name not in self.episode_files:
                 path.unlink()
-        folder = self.folder / "checkpoints"
-        for path in [*utils.checkpoints(folder), *folder.glob("*-best.pt")]:
-            if int(path.stem.removesuffix("-best")) > step:
+        for path in utils.checkpoints(self.folder / "checkpoints"):
+            if utils.step_of(path) > step:
                 path.unlink()
 
 
 @contextmanager
 def fitting_checkpoint():
-    """Inside, what a foreign checkpoint provokes becomes one line, a `utils.RunError`."""
+    """Inside, what is missing or of another kind in a checkpoint becomes a `utils.RunError`."""
     try:
         yield
     except utils.RunError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if utils.out_of_memory(error):
+            raise
         # PyTorch names every tensor that does not fit, a line each.
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise utils.RunError(f"the checkpoint does not fit this program: {reason}") from error
@@ -1410,7 +1410,8 @@ def train_command(modes: dict, given: dict) -> None:
         )
     if "restore" in modes and saved is None:
         raise utils.RunError(f"no run to restore at {folder}")
-    config = resolve(given, saved)
+    # A folder that was renamed or copied goes by the name that it was found under.
+    config = resolve({"exp": Config.exp, **given}, saved)
     if saved is None:
         check_lengths(config)
     env_wrapper.canonical_name(config.env)  # a machine that cannot render says so before we write
@@ -1450,7 +1451,8 @@ def evaluate_command(modes: dict, given: dict) -> None:
     path, state = find_checkpoint(modes, folder)
     if path is None:
         raise utils.RunError(f"no checkpoint in {folder / 'checkpoints'}")
-    config = resolve(given, state["config"], EVALUATION_MAY_CHANGE)
+    name = {} if "checkpoint_path" in modes else {"exp": Config.exp}
+    config = resolve({**name, **given}, state["config"], EVALUATION_MAY_CHANGE)
     folder = run_folder(config)
     if not lies_in(path, folder) and (folder / "config.json").exists():
         raise utils.RunError(
@@ -1490,16 +1492,17 @@ def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]
         ],
         "config": asdict(config),
     }
-    utils.write_json(folder / f"evaluation-{step}.json", result)
+    name = f"evaluation-{step}" + utils.BEST * path.stem.endswith(utils.BEST)
+    utils.write_json(folder / f"{name}.json", result)
     dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)  # twice the size
     videos = {
         "best": film(config, episodes[int(np.argmax(returns))]),
         "worst": film(config, episodes[int(np.argmin(returns))]),
         "dream": (dream, 10),
     }
-    for name, (frames, fps) in videos.items():
-        utils.save_gif(folder / "videos" / f"evaluation-{step}-{name}.gif", frames, fps)
-    utils.say(f"written: {folder / f'evaluation-{step}.json'}, {folder / 'videos'}")
+    for kind, (frames, fps) in videos.items():
+        utils.save_gif(folder / "videos" / f"{name}-{kind}.gif", frames, fps)
+    utils.say(f"written: {folder / f'{name}.json'}, {folder / 'videos'}")
 
 
 def benchmark_command(modes: dict, given: dict) -> None:
@@ -1644,17 +1647,17 @@ def main(argv: list[str] | None = None) -> int:
             raise utils.RunError(f"standard output: {reason}; all the rest is done")
     except utils.Stopped as stopped:
         hint = "; --train --restore goes on" if "--train" in argv else ""
-        print(f"stopped by {stopped}{hint}", file=sys.stderr if stopped.code == 2 else sys.stdout)
+        utils.say(f"stopped by {stopped}{hint}", "stderr" if stopped.code == 2 else "stdout")
         return stopped.code
     except KeyboardInterrupt:
         return 130
     except USER_ERRORS as error:
-        print(f"dreamer.py: error: {error}", file=sys.stderr)
+        utils.say(f"dreamer.py: error: {error}", "stderr")
         return 2
     except (MemoryError, RuntimeError, OSError, ValueError) as error:
         if not (line := machine_error(error)):
             raise
-        print(f"dreamer.py: error: {line}", file=sys.stderr)
+        utils.say(f"dreamer.py: error: {line}", "stderr")
         return 2
     return 0
 

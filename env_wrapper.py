@@ -86,9 +86,10 @@ def choose_gl() -> str | None:
     Raises:
         NoRenderer: none does; the message is two lines, the second the way out.
     """
-    # MuJoCo takes capitals, dm_control does not.
-    chosen = os.environ.get("MUJOCO_GL", "").lower() or None
-    if not sys.platform.startswith("linux") or (chosen and chosen == os.environ.get(_PROBED)):
+    if not sys.platform.startswith("linux"):
+        return os.environ.get("MUJOCO_GL")
+    chosen = os.environ.get("MUJOCO_GL", "").lower()  # MuJoCo takes capitals, dm_control does not
+    if chosen and chosen == os.environ.get(_PROBED):
         return chosen
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     for backend in [chosen] if chosen else ["glfw"] * bool(display) + ["egl", "osmesa"]:
@@ -359,7 +360,7 @@ def make_vector_env(n: int, parallel: bool, *arguments) -> gym.vector.VectorEnv:
 
 @contextlib.contextmanager
 def _signals_held():
-    """Inside, Ctrl-C and SIGTERM wait. Processes that begin here inherit that, and for ever."""
+    """Processes that begin inside never get Ctrl-C and SIGTERM; this one gets them later."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -126,29 +126,36 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+BEST = "-best"  # ends the name of a copy, see `copy_best`
+
+
+def step_of(checkpoint: Path) -> int:
+    """The frames that its name tells."""
+    return int(checkpoint.stem.removesuffix(BEST))
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    files = (p for p in folder.glob("*.pt") if p.stem.isdecimal() and p.is_file())
-    return sorted(files, key=lambda p: int(p.stem))
+    """The checkpoints of a run, oldest first: `<step>.pt`, and before it `<step>-best.pt`."""
+    files = (p for p in folder.glob("*.pt") if p.stem.removesuffix(BEST).isdecimal())
+    return sorted(filter(Path.is_file, files), key=lambda p: (step_of(p), p.stem.isdecimal()))
 
 
 def copy_best(folder: Path, step: int) -> None:
     """Copies the checkpoint of the best evaluation to `<step>-best.pt`, if that is not there yet,
     before another one of the same step takes its place.
     """
-    copy = folder / f"{step}-best.pt"
+    copy = folder / f"{step}{BEST}.pt"
     if not copy.exists():
         with atomic_file(copy) as file:
             file.write((folder / f"{step}.pt").read_bytes())
 
 
 def prune_checkpoints(folder: Path, keep: int, best: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints and those of step `best`."""
-    for path in checkpoints(folder)[:-keep]:
-        if int(path.stem) != best:
-            path.unlink(missing_ok=True)
-    for path in folder.glob("*-best.pt"):
-        if path.name != f"{best}-best.pt":
+    """Removes all but the newest `keep` checkpoints and what there is of step `best`."""
+    paths = checkpoints(folder)
+    newest = [path for path in paths if path.stem.isdecimal()][-keep:]
+    for path in paths:
+        if path not in newest and step_of(path) != best:
             path.unlink(missing_ok=True)
 
 
@@ -251,32 +258,34 @@ class StopSignal:
             raise Stopped("--max-hours", 0)
 
 
-_lost_output = []  # why standard output can no longer be written
+_lost_output = {}  # why a stream can no longer be written, by its name
 
 
-def say(text: str) -> None:
+def say(text: str, stream: str = "stdout") -> None:
     """Prints a line. Where that fails, as in a closed pipe, `lost_output` tells."""
+    file = getattr(sys, stream)
     try:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
     except OSError as error:
-        _lost_output.append(error.strerror)
+        _lost_output[stream] = error.strerror or str(error)
         # What is still in its buffer would fail once more at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())
 
 
 def lost_output() -> str | None:
-    """Why `say` could not print something, if so."""
-    return _lost_output[0] if _lost_output else None
+    """Why standard output could not be written, if so."""
+    return _lost_output.get("stdout")
 
 
 def open_streams() -> None:
     """Makes the standard streams such that no character fails, and that there are all of them."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # it was closed when the process began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        if getattr(sys, name) is None:  # it was closed when the process began
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
@@ -330,7 +339,7 @@ class Logger:
 
     The files only grow, so their sizes say what had been written at a checkpoint: `state_dict`
     gives them, and a logger that is made with that state cuts off what came after. A file that has
-    become shorter is named, and loses its unfinished row.
+    become shorter is named, and `metrics.jsonl` loses its unfinished row.
     """
 
     def __init__(self, folder: Path, state: dict | None = None):
@@ -534,7 +543,7 @@ def capture(function, device: torch.device, undo=lambda: None):
         except RuntimeError as error:  # PyTorch before 2.13: the generator still captures
             raise RunError(f"CUDA capture failed: {reason}; --eager goes without it") from error
         torch.cuda.set_rng_state(before, device)
-        print(f"warning: CUDA capture failed, going on without it: {reason}", file=sys.stderr)
+        say(f"warning: CUDA capture failed, going on without it: {reason}", "stderr")
         return function
 
     def replay():

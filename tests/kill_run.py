@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict:
     return {
         "weights and optimizers": plain(state["agent"]),
         "random states": plain(state["random"]),
-        "progress": plain({**state["progress"], "seconds": 0}),
+        "progress": plain({**state["progress"], "seconds": 0, "iteration_start": 0}),
         "triggers": plain(state["every"]),
         "episodes": [
             {key: x.tobytes() for key, x in episode.items()}

@@ -514,6 +514,13 @@ def test_a_stop_keeps_the_checkpoint_of_the_best_evaluation_beside_its_own(tmp_p
     assert [state["progress"]["updates"] for state in (best, newest)] == [0, 2]
     assert best["progress"]["best_step"] == newest["progress"]["best_step"] == 80
     assert plain(best["agent"]) != plain(newest["agent"])
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    copy, evaluate = folder(tmp_path / "c"), ["--evaluate", *again[1:-1], f"--logdir={tmp_path}/c"]
+    assert run(*evaluate) == 0
+    (copy / "checkpoints" / "80.pt").write_bytes(b"")
+    assert run(*evaluate) == 0  # of the best, since the newest is damaged
+    found = [json.loads((copy / f"evaluation-80{x}.json").read_text()) for x in ("-best", "")]
+    assert [Path(x["checkpoint"]).name for x in found] == ["80-best.pt", "80.pt"]
     assert run(*again) == 0
     assert train(tmp_path / "a", **more) == 0
     assert differences(folder(tmp_path / "a"), folder(tmp_path / "b")) == []
@@ -1028,6 +1035,7 @@ def foreign(**changes):
         (foreign(progress={"step": 240, "best": 1.0}), "t"),
         (foreign(every={"snapshot": 5}), "t"),
         (foreign(files=None), "t"),
+        (foreign(episodes=None), "t"),
         (foreign(metrics=None), "t"),
         (foreign(random={}), "t"),
         (foreign(config={"algo": "PlaNet"}), "e"),
@@ -1041,10 +1049,21 @@ def test_a_checkpoint_that_another_program_wrote(change, modes, finished, tmp_pa
         state = utils.load_checkpoint(path)
         change(state)
         utils.save_checkpoint(path, state)
-    words = flags(env="cartpole-balance", logdir=tmp_path)
+    words, before = flags(env="cartpole-balance", logdir=tmp_path), files_below(tmp_path)
+    oldest = utils.checkpoints(folder(tmp_path) / "checkpoints")[0]  # nothing after it is forgotten
     for mode in modes:
         command = {"t": ("--train", "--total-steps", 280), "e": ("--evaluate",)}[mode]
-        error_line(capsys, run(*command, "--restore", *words))
+        error_line(capsys, run(*command, "--restore", *words, "--checkpoint-path", oldest))
+        assert files_below(tmp_path) == before
+
+
+def test_a_checkpoint_that_fits_is_not_blamed_for_want_of_memory(finished, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(dreamer.Dreamer, "load_state", full)
+    words = flags(env="cartpole-balance", logdir=finished, total_steps=280)
+    assert "fit" not in error_line(capsys, run("--train", "--restore", *words), "out of memory")
 
 
 @pytest.mark.parametrize(
@@ -1079,11 +1098,17 @@ def test_a_run_that_was_renamed_and_whose_checkpoints_are_links(finished, tmp_pa
     folder(tmp_path / "runs").parent.rename(renamed.parent)
     for path in utils.checkpoints(renamed / "checkpoints"):
         path.symlink_to(path.rename(tmp_path / path.name))
-    words = flags(env="cartpole-balance", logdir=tmp_path / "runs", exp="branch")
-    assert run("--evaluate", "--restore", *words) == 0
-    assert run("--train", "--restore", "--total-steps", 280, *words) == 0
+    words = flags(env="cartpole-balance", logdir=tmp_path / "runs")
+    assert run("--evaluate", "--restore", "--exp", "branch", *words) == 0
+    assert run("--train", "--restore", "--total-steps", 280, "--exp", "branch", *words) == 0
     assert last_state(renamed)["progress"]["step"] == 280
     assert json.loads((renamed / "config.json").read_text())["exp"] == "branch"
+    again = folder(tmp_path / "runs")  # back to the name that is not said
+    renamed.parent.rename(again.parent)
+    assert run("--evaluate", "--restore", *words) == 0
+    assert run("--train", "--restore", "--total-steps", 320, *words) == 0
+    assert (again / "evaluation-280.json").exists() and not renamed.exists()
+    assert json.loads((again / "config.json").read_text())["exp"] == "default"
 
 
 def test_flags_that_contradict_the_saved_run(finished, capsys):

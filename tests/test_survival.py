@@ -240,7 +240,11 @@ def test_workers_that_begin_take_no_signals():
     )
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
-    assert process.communicate(timeout=120)[0] == b"[2, 15]\n" and process.returncode == 0
+    try:
+        assert process.communicate(timeout=90)[0] == b"[2, 15]\n" and process.returncode == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def in_a_shell(command: str, **options):
@@ -264,6 +268,35 @@ def test_a_run_whose_output_nobody_reads_is_saved_and_goes_on(lines, finished, t
     assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) > lines // 6
     assert run("--train", "--restore", *words) == 0
     assert differences(folder(finished), folder(tmp_path)) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_the_exit_code_holds_where_no_stream_is_read(unbuffered, finished):
+    """Of a wrong command line, of an error, of a run that is complete."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    words = " ".join(flags(env="cartpole-balance", logdir=finished))
+    for command in ("--restore", f"--train {words}", f"--train --restore {words}"):
+        line = f"dreamer {command} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+        assert in_a_shell(line, env=environment).returncode == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_ctrl_c_that_ended_the_reader_of_a_pipe_too(unbuffered, tmp_path):
+    more = {"total_steps": 10**5, "eval_interval": 0, "logdir": tmp_path}
+    process = subprocess.Popen(
+        [sys.executable, "dreamer.py", "--train", *flags(**{**SHORT_RUN, **more})], cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    metrics, deadline = folder(tmp_path) / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and "loss/world" in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, "no gradient step came"
+        time.sleep(0.1)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130 and process.stderr.read() == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")

@@ -191,10 +191,10 @@ def test_a_checkpoint_without_memory_to_read_it_is_not_called_damaged(
 
 
 def test_only_numbered_files_are_checkpoints(tmp_path):
-    for name in ("10.pt", "9.pt", "best.pt", "1².pt", "x10.pt"):
+    for name in ("10.pt", "9.pt", "9-best.pt", "best.pt", "-best.pt", "1².pt", "x10.pt"):
         (tmp_path / name).touch()
     (tmp_path / "500.pt").mkdir()
-    assert [path.name for path in utils.checkpoints(tmp_path)] == ["9.pt", "10.pt"]
+    assert [path.name for path in utils.checkpoints(tmp_path)] == ["9-best.pt", "9.pt", "10.pt"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -267,12 +267,12 @@ def test_checkpoints_are_listed_by_step(tmp_path):
 def test_the_newest_three_and_the_best_are_kept(best, kept, tmp_path):
     for step in range(100, 1200, 100):
         (tmp_path / f"{step}.pt").touch()
-    for name in ("notes", "200-best", "900-best"):
+    for name in ("notes", "my-best", "200-best", "900-best"):
         (tmp_path / f"{name}.pt").touch()
     utils.prune_checkpoints(tmp_path, keep=3, best=best)
-    assert [int(path.stem) for path in utils.checkpoints(tmp_path)] == kept
-    copies = [path.name for path in tmp_path.glob("*-best.pt")]
-    assert copies == (["200-best.pt"] if best == 200 else [])
+    left = [path.stem for path in utils.checkpoints(tmp_path)]
+    assert left == ["200-best"] * (best == 200) + [str(step) for step in kept]
+    assert (tmp_path / "my-best.pt").exists()
     assert (tmp_path / "notes.pt").exists()
 
 
