@@ -178,6 +178,14 @@ def members(process) -> int:
     return groups.count(process.pid)
 
 
+def wait_for(scalar, process, logdir) -> None:
+    """Until a run that goes on in `process` has logged that scalar."""
+    metrics, deadline = folder(logdir) / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and scalar in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, f"no {scalar} came"
+        time.sleep(0.1)
+
+
 def group_is_alive(process) -> bool:
     try:
         os.killpg(process.pid, 0)
@@ -199,10 +207,7 @@ def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    metrics, deadline = folder(tmp_path) / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and "eval/return_mean" in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, "no evaluation came"
-        time.sleep(0.1)
+    wait_for("eval/return_mean", process, tmp_path)
     if os.path.isdir("/proc/self"):
         assert members(process) >= 5  # itself, two workers, the fork server and its tracker
     if number == signal.SIGKILL:
@@ -290,10 +295,7 @@ def test_ctrl_c_that_ended_the_reader_of_a_pipe_too(unbuffered, tmp_path):
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    metrics, deadline = folder(tmp_path) / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and "loss/world" in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, "no gradient step came"
-        time.sleep(0.1)
+    wait_for("loss/world", process, tmp_path)
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130 and process.stderr.read() == ""
