@@ -366,7 +366,7 @@ class Logger:
         here = {path.name: path for path in self._files()}
         for name, size in sizes.items():
             if name not in here or here[name].stat().st_size < size:
-                say(f"{self.folder / name} is shorter than at the checkpoint: what is lost is lost")
+                say(f"{self.folder / name} is shorter than it was, or gone: rows are lost")
                 if name in here and name.endswith(".jsonl"):
                     os.truncate(here[name], here[name].read_bytes().rfind(b"\n") + 1)
 

@@ -524,6 +524,8 @@ def test_a_stop_keeps_the_checkpoint_of_the_best_evaluation_beside_its_own(tmp_p
     assert run(*again) == 0
     assert train(tmp_path / "a", **more) == 0
     assert differences(folder(tmp_path / "a"), folder(tmp_path / "b")) == []
+    evaluated = utils.load_checkpoint(folder(tmp_path / "a") / "checkpoints" / "80.pt")
+    assert plain(best["agent"]) == plain(evaluated["agent"])
     last = last_state(folder(tmp_path / "b"))["progress"]
     assert (checkpoints / "80-best.pt").exists() == (last["best_step"] == 80)
     start = checkpoints / "0.pt"  # before all that; of an evaluation to come there is no copy

@@ -223,6 +223,12 @@ def test_no_worker_outlives_its_run_nor_takes_its_signals(tmp_path, number, code
         assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def in_a_session(code):
+    """A process that runs `code` as the leader of a group of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 def test_workers_that_begin_take_no_signals():
     """Ctrl-C all the while that they are made; the process that makes them notes it."""
@@ -243,8 +249,7 @@ def test_workers_that_begin_take_no_signals():
         "made.set(); thread.join(); envs.close()\n"
         "print(sorted({int(number) for number in seen}))"
     )
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    process = in_a_session(code)
     try:
         assert process.communicate(timeout=90)[0] == b"[2, 15]\n" and process.returncode == 0
     finally:
@@ -352,8 +357,7 @@ def test_a_process_that_fails_ends_though_its_workers_were_not_closed():
         "print(len(multiprocessing.active_children()), flush=True)\n"
         "raise SystemExit(7)"
     )
-    command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE)
+    process = in_a_session(code)
     assert process.wait(timeout=120) == 7
     assert process.stdout.read() == b"2\n"
     deadline = time.monotonic() + 60
