@@ -44,11 +44,12 @@ from models import (
     ConvDecoder,
     ConvEncoder,
     DenseDecoder,
+    Recording,
     State,
-    TanhNormal,
     UnitNormal,
     init_as_keras,
     kl_divergence,
+    standard_normal,
 )
 
 # ------------------------------------------------------------------------------ flags and presets
@@ -500,9 +501,17 @@ class Dreamer(nn.Module):
 
     # ------------------------------------------------------------------ gradient step
 
-    def model_loss(self, batch: dict):
-        """Loss of the world model on a batch (T, B, ...) (equation 10), its posterior (T, B, ...),
-        and metrics.
+    def observe(self, batch: dict):
+        """The images of a batch (T, B, ...) as floats, and the posterior and the prior of every
+        step, (T, B, ...).
+        """
+        image, rssm = self.pixels(batch["image"]), self.world.rssm
+        state = rssm.initial(image.shape[1])
+        return image, *rssm.observe(self.world.encoder(image), batch["action"], state)
+
+    def model_loss(self, batch: dict, image: Tensor, post: State, prior: State):
+        """Loss of the world model on a batch (T, B, ...) (equation 10), and metrics. `image`,
+        `post`, `prior`: what `observe` made of the batch.
 
         E[-ln p(image)] + reward-scale E[-ln p(reward)] + kl-scale KL
         (+ coefficient E[-ln p(continuation)]).
@@ -510,11 +519,7 @@ class Dreamer(nn.Module):
         # rows     (action, reward, image) of row t: what the action led to
         # states   [0] -> z_0 -> z_1 -> ... -> z_{T-1}, z_t from action_t and image_t
         # read off image_t, reward_t, continuation_t from z_t
-        c, world = self.config, self.world
-        image = self.pixels(batch["image"])
-        state = world.rssm.initial(image.shape[1])
-        post, prior = world.rssm.observe(world.encoder(image), batch["action"], state)
-        feature = post.feature
+        c, world, feature = self.config, self.world, post.feature
         terms = {
             "image": -world.decoder(feature).log_prob(image).mean(),
             "reward": -world.reward(feature).log_prob(batch["reward"]).mean(),
@@ -529,7 +534,7 @@ class Dreamer(nn.Module):
         metrics["kl"] = kl
         metrics["entropy/prior"] = normal_entropy(prior.std)
         metrics["entropy/posterior"] = normal_entropy(post.std)
-        return loss, post, metrics
+        return loss, metrics
 
     def imagine(self, start: State):
         """Features (H, N, F) of the imagined states 1 ... H, the policy's surprise at the actions
@@ -537,22 +542,25 @@ class Dreamer(nn.Module):
 
         The actor sees features without gradients; its actions carry them into the next state.
         """
-        state, features, policies = start, [start.feature], []
-        for _ in range(self.config.imagine_horizon):
-            policy = self.actor(features[-1].detach())
-            x = policy.rsample_before_tanh()
-            state = self.world.rssm.img_step(state, torch.tanh(x))
-            features.append(state.feature)
-            policies.append((x, policy.mean, policy.std))
-        x, mean, std = (torch.stack(tensors) for tensors in zip(*policies))
-        surprise = TanhNormal(mean, std).surprise(x)
+        actor, shape = self.actor, (self.config.imagine_horizon, len(start.stoch))
+        noise = standard_normal((*shape, self.actions), start.stoch)
+        steps, recording = iter(noise), Recording(actor.net, *shape)
+
+        def act(feature: Tensor) -> Tensor:
+            return torch.tanh(actor.policy(recording(feature)).before_tanh(next(steps)))
+
+        trace = self.world.rssm.roll_out(act, start, len(noise))
+        policy = actor.policy(recording.outputs())
+        x = policy.before_tanh(noise)
+        state = self.world.rssm.retrace(trace, torch.tanh(x))
+        surprise = policy.surprise(x)
         with torch.no_grad():
             metrics = {
                 "entropy/policy": surprise.mean(),
                 "policy/saturated": (x.abs() > math.atanh(0.99)).to(self.dtype).mean(),
-                "policy/std": std.mean(),
+                "policy/std": policy.std.mean(),
             }
-        return torch.stack(features[1:]), surprise, metrics
+        return state.feature, surprise, metrics
 
     def behaviour_losses(self, post: State):
         """Losses of the actor and of the value in imagination from every posterior (T, B, ...),
@@ -569,9 +577,7 @@ class Dreamer(nn.Module):
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
-        # Autocast keeps its casts of trained weights only: frozen ones it would cast at every step.
-        full = self.precision == torch.float32
-        with frozen(self.world) if full else nullcontext():
+        with frozen(self.world):
             feature, surprise, metrics = self.imagine(start)
             reward = self.world.reward(feature).mean
             if c.use_disc_model:
@@ -596,10 +602,11 @@ class Dreamer(nn.Module):
     def gradients(self, batch: dict) -> dict:
         """Gradients of the three losses on a batch (T, B, ...) into `.grad`; returns metrics."""
         with self.autocast():
-            loss, post, metrics = self.model_loss(batch)
-        # In a graph the behaviour is learned beside the model's backward pass: neither needs the
-        # other, and neither fills a card. It begins here, before that pass is queued.
-        beside = utils.Beside(self.device) if self.captures else nullcontext()
+            image, post, prior = self.observe(batch)
+            # In a graph the behaviour is learned beside the rest of the model's step: neither needs
+            # the other, and neither fills a card. It begins here, where the posterior is known.
+            beside = utils.Beside(self.device) if self.captures else nullcontext()
+            loss, metrics = self.model_loss(batch, image, post, prior)
         self._backward("world", loss, metrics)
         with beside:
             with self.autocast():

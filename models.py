@@ -14,14 +14,15 @@ PlaNet, arXiv 1811.04551.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def standard_normal(shape, like: Tensor) -> Tensor:
@@ -35,6 +36,13 @@ def standard_normal(shape, like: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> Tensor:
     """Half-precision outputs of autocast as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which products with `x` are computed here: autocast's where that is on."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 # ------------------------------------------------------------------------------ distributions
@@ -78,11 +86,11 @@ class TanhNormal:
 
     def rsample(self) -> Tensor:
         """A reparameterized sample, (..., A)."""
-        return torch.tanh(self.rsample_before_tanh())
+        return torch.tanh(self.before_tanh(standard_normal(self.mean.shape, self.mean)))
 
-    def rsample_before_tanh(self) -> Tensor:
-        """The reparameterized sample before its tanh, (..., A)."""
-        return self.mean + self.std * standard_normal(self.mean.shape, self.mean)
+    def before_tanh(self, noise: Tensor) -> Tensor:
+        """The sample that `noise`, standard normal, stands for, before its tanh: (..., A)."""
+        return self.mean + self.std * noise
 
     def surprise(self, x: Tensor) -> Tensor:
         """-ln of the density of the action tanh(`x`), summed over A: (..., A) to (...).
@@ -143,16 +151,104 @@ def on_rows(net: nn.Module, x: Tensor) -> Tensor:
     return net(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-def for_each_step(weights: Iterable[Tensor], sequence: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The weights for each of the T steps of `sequence` (T, ...), in its type.
+class Recording:
+    """An `mlp` that is called in T steps, without gradients, and then differentiated.
 
-    Where they are cast, each step's are views of its own: their gradients are summed at once and
-    rounded once. Those of weights that are used T times are rounded at every addition.
+    Autograd would take the gradients of its weights step by step and add them up; here they are
+    taken of all steps at once.
     """
-    weights, steps = tuple(weights), len(sequence)
-    if all(w.dtype == sequence.dtype for w in weights):
-        return repeat(weights, steps)
-    return zip(*(w.to(sequence.dtype).expand(steps, *w.shape).unbind() for w in weights))
+
+    def __init__(self, net: nn.Sequential, steps: int, rows: int):
+        self.weights = [w.to(product_type(w)) for w in net.parameters()]
+        sizes = [self.weights[0].shape[1], *map(len, self.weights[::2])]
+        self.layers = [self.weights[0].new_empty(steps, rows, size) for size in sizes]
+        self._steps = zip(*self.layers)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next step, (N, F) to (N, G)."""
+        layers = next(self._steps)
+        layers[0].copy_(x)
+        for (x, y), weight, bias in zip(pairwise(layers), self.weights[::2], self.weights[1::2]):
+            torch.addmm(bias, x, weight.T, out=y)
+            if y is not layers[-1]:
+                F.elu(y, inplace=True)
+        return y
+
+    def outputs(self) -> Tensor:
+        """What all steps gave, (T, N, G), as a function of the weights."""
+        return ThroughLayers.apply(self.layers, *self.weights)
+
+
+class ThroughLayers(torch.autograd.Function):
+    """The gradient of a recording's weights; its inputs have none."""
+
+    @staticmethod
+    def forward(ctx, layers, *weights):
+        """The last of `layers`: inputs, outputs of hidden layers, outputs, (T, N, ...) each."""
+        ctx.save_for_backward(*layers[:-1], *weights)
+        return layers[-1].view_as(layers[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        saved = ctx.saved_tensors
+        inputs, weights = saved[: len(saved) // 3], saved[len(saved) // 3 :: 2]
+        d_y, gradients = d_y.flatten(0, 1), []
+        for x, weight in reversed(list(zip(inputs, weights))):
+            gradients = [d_y.T @ x.flatten(0, 1), d_y.sum(0), *gradients]
+            if x is not inputs[0]:
+                d_y = (d_y @ weight).mul_(elu_slope(x.flatten(0, 1)))
+        return None, *gradients
+
+
+def elu_slope(y: Tensor) -> Tensor:
+    """The slope of ELU where its value is `y`."""
+    return y.clamp(max=0) + 1
+
+
+def gru(i: Tensor, s: Tensor, last: Tensor) -> Tensor:
+    """A GRU's next state, (N, D), from its products with the input, `i`, and with its last state,
+    `s`, (N, 3D) each: n + z (last - n), where r = sigmoid(i_r + s_r), z = sigmoid(i_z + s_z) and
+    n = tanh(i_n + r s_n). As PyTorch has it: the three blocks are r, z, n, and r is outside s_n.
+    """
+    if i.is_cuda:  # PyTorch's own, in one kernel; it has none elsewhere
+        return torch.ops.aten._thnn_fused_gru_cell(i, s, last)[0]
+    size = last.shape[-1]
+    r, z = (i[:, : 2 * size] + s[:, : 2 * size]).sigmoid_().chunk(2, -1)
+    n = torch.addcmul(i[:, 2 * size :], r, s[:, 2 * size :]).tanh_()
+    return torch.lerp(n, last, z)
+
+
+class ConvOfPictures(nn.Conv2d):
+    """A convolution of stride 2 and an even kernel, of a few channels and without gradient to them.
+
+    A card computes convolutions fast whose channels come by eights. There the channels of each
+    block of 2 x 2 pixels are taken as those of one, beside ones for the bias. On a CPU that is no
+    gain. The weights, their initialization and the function are those of `nn.Conv2d`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int):
+        super().__init__(inputs, outputs, kernel, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_blocks(x) if x.is_cuda else super().forward(x)
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        """The same; (N, C, H, W), H and W even."""
+        n, channels, height, width = x.shape
+        size, used = self.kernel_size[0] // 2, 4 * channels
+        shape = n, height // 2, width // 2, used + 8 - used % 8
+        blocks = x.new_ones(shape, dtype=product_type(x))
+        # Pixel (2i + p, 2j + q) is at i, j, (p, q, channel), and meets weight[2a + p, 2b + q].
+        pixels = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+        blocks[..., :used].view(pixels.shape).copy_(pixels)
+        weight = self.weight.unflatten(3, (size, 2)).unflatten(2, (size, 2))
+        weight = weight.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)  # out, (p, q, channel), a, b
+        bias = self.bias[:, None, None, None]
+        bias = F.pad(bias, (0, size - 1, 0, size - 1, 0, shape[3] - used - 1))
+        weight = torch.cat([weight, bias], 1).contiguous(memory_format=torch.channels_last)
+        return F.conv2d(blocks.permute(0, 3, 1, 2), weight.to(blocks.dtype))
 
 
 class ConvTransposeFromPixel(nn.ConvTranspose2d):
@@ -240,28 +336,18 @@ class RSSM(nn.Module):
         stoch = zeros(batch, self.stoch_size)
         return State(stoch, zeros(batch, self.deter_size), stoch, stoch)
 
-    def _recur(self, stoch: Tensor, deter: Tensor, action: Tensor, weights=None) -> Tensor:
-        """The next deterministic state, (N, D), from one state and action, (N, ...).
-
-        It may be of half precision, and goes as it is into the next step. `weights` stand for
-        those of `img_in` and `cell`.
-        """
-        weight, bias, *cell = weights or self._recurrent_weights()
-        x = F.elu(F.linear(torch.cat([stoch, action], -1), weight, bias), inplace=True)
-        return torch.gru_cell(x, deter, *cell)
-
-    def _recurrent_weights(self) -> tuple[Tensor, ...]:
-        """Those of `img_in` and of the cell, which has them in the order that `gru_cell` takes."""
-        return (*self.img_in.parameters(), *self.cell.parameters())
-
-    def _stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def stats(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (..., S) each, of what `img_out` or `obs_out` gives."""
         mean, std = full_precision(x).chunk(2, -1)
-        return mean, F.softplus(std) + self.min_std
+        return mean, F.softplus(std) + cls.min_std
 
     def img_step(self, state: State, action: Tensor) -> State:
         """The prior of the next state. `action`: (N, A)."""
-        deter = self._recur(state.stoch, state.deter, action)
-        mean, std = self._stats(self.img_out(deter))
+        x = F.elu(self.img_in(torch.cat([state.stoch, action], -1)), inplace=True)
+        # It may be of half precision, and goes as it is into the next step.
+        deter = self.cell(x, state.deter)
+        mean, std = self.stats(self.img_out(deter))
         stoch = mean + std * standard_normal(mean.shape, mean)
         return State(stoch, deter, mean, std)
 
@@ -272,33 +358,171 @@ class RSSM(nn.Module):
     def observe(self, embed: Tensor, action: Tensor, state: State) -> tuple[State, State]:
         """Posterior and prior of every step of a sequence.
 
-        `embed`: (T, B, E), `action`: (T, B, A), `state`: before the sequence, (B, ...). The
-        returned states are (T, B, ...); the prior's `stoch` is its mean, since nothing samples it.
+        `embed`: (T, B, E), `action`: (T, B, A), `state`: before the sequence, (B, ...), which no
+        gradient reaches. The returned states are (T, B, ...); the prior's `stoch` is its mean,
+        since nothing samples it.
         """
         posterior = self._posterior(embed, action, state)
         # The recurrence does not need the prior: its head runs once over all of time.
-        mean, std = self._stats(on_rows(self.img_out, posterior.deter))
+        mean, std = self.stats(on_rows(self.img_out, posterior.deter))
         return posterior, State(mean, posterior.deter, mean, std)
 
     def _posterior(self, embed: Tensor, action: Tensor, state: State) -> State:
         """The posterior of every step of a sequence; shapes as in `observe`."""
-        stoch, deter = state.stoch, state.deter
-        # The posterior's first layer, in two: the embedding's share is one product for all of time.
-        deter_weight, embed_weight = self.obs_in.weight.tensor_split([self.deter_size], 1)
-        embed_part = F.linear(embed, embed_weight, self.obs_in.bias)
-        noise = standard_normal((*action.shape[:2], self.stoch_size), stoch)
-        recurrent = for_each_step(self._recurrent_weights(), embed)
-        observing = for_each_step((deter_weight, *self.obs_out.parameters()), embed)
-        steps = []
-        # Not by index: in the backward pass each would be a tensor of the size of all of time.
-        sequences = action.unbind(), embed_part.unbind(), noise.unbind()
-        for a, e, n, recur, (weight, *out) in zip(*sequences, recurrent, observing):
-            deter = self._recur(stoch, deter, a, recur)
-            hidden = F.elu(F.linear(deter, weight) + e, inplace=True)
-            mean, std = self._stats(F.linear(hidden, *out))
-            stoch = mean + std * n
-            steps.append((stoch, deter, mean, std))
-        return State(*(full_precision(torch.stack(x)) for x in zip(*steps)))
+        # What is known beforehand is read for all of time at once.
+        action_weight = self.img_in.weight[:, self.stoch_size :]
+        embed_weight = self.obs_in.weight[:, self.deter_size :]
+        x = F.linear(action, action_weight, self.img_in.bias)
+        h = F.linear(embed, embed_weight, self.obs_in.bias)
+        noise = standard_normal((*action.shape[:2], self.stoch_size), state.stoch)
+        weights = self._weights(self.obs_in, self.obs_out, h.dtype)
+        return self._states(self._loop(None, x, h, weights, state, noise), x, h)
+
+    @torch.no_grad()
+    def roll_out(self, act: Callable[[Tensor], Tensor], state: State, steps: int) -> "Trace":
+        """Imagines `steps` steps from `state` (N, ...), without gradients.
+
+        `act` chooses actions (N, A) from features (N, F), step by step.
+        """
+        noise = standard_normal((steps, *state.stoch.shape), state.stoch)
+        hidden, _, out = self.img_out
+        x, h = (
+            layer.bias.to(product_type(noise)).expand(*noise.shape[:2], -1)
+            for layer in (self.img_in, hidden)
+        )
+        weights = [w.detach() for w in self._weights(hidden, out, h.dtype)]
+        return self._loop(act, x, h, weights, state, noise)
+
+    def retrace(self, trace: "Trace", action: Tensor) -> State:
+        """The states (T, N, ...) of a roll-out as a function of its actions (T, N, A) alone."""
+        action_weight = self.img_in.weight[:, self.stoch_size :].detach()
+        return self._states(trace, F.linear(action, action_weight), None)
+
+    def _weights(self, hidden: nn.Linear, out: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
+        """What the loop uses of the weights, with two layers after the GRU; as in `Trace`."""
+        recurrent = self.img_in.weight[:, : self.stoch_size], *self.cell.parameters()
+        weights = *recurrent, hidden.weight[:, : self.deter_size], *out.parameters()
+        return [w.to(dtype) for w in weights]
+
+    @torch.no_grad()
+    def _loop(self, act, x, h, weights: list[Tensor], state: State, noise: Tensor) -> "Trace":
+        """See `Trace`. `x`, `h`: what is known of its x and h beforehand, before f; `act`, if any,
+        chooses an action from the feature before each step.
+        """
+        x_weight, i_weight, s_weight, i_bias, s_bias, h_weight, out_weight, out_bias = weights
+        action_weight = self.img_in.weight[:, self.stoch_size :].to(h.dtype)
+        steps, rows, size = noise.shape
+        x, h = x.clone(), h.clone()  # f in place
+        i = h.new_empty(steps, rows, len(i_bias))
+        s, out = torch.empty_like(i), noise.new_empty(steps, rows, len(out_bias))
+        stoch, deters = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype)]
+        stoch[0] = state.stoch
+        for t in range(steps):
+            last = deters[-1]
+            if act:
+                action = act(torch.cat([stoch[t], last], -1)).to(h.dtype)
+                torch.addmm(x[t], action, action_weight.T, out=x[t])
+            torch.addmm(x[t], stoch[t], x_weight.T, out=x[t])
+            torch.addmm(i_bias, F.elu(x[t], inplace=True), i_weight.T, out=i[t])
+            torch.addmm(s_bias, last, s_weight.T, out=s[t])
+            deters.append(gru(i[t], s[t], last))
+            torch.addmm(h[t], deters[-1], h_weight.T, out=h[t])
+            out[t] = F.linear(F.elu(h[t], inplace=True), out_weight, out_bias)
+            mean, std = self.stats(out[t])
+            torch.addcmul(mean, std, noise[t], out=stoch[t + 1])
+        return Trace(x, i, s, h, out, noise, stoch, torch.stack(deters), weights)
+
+    def _states(self, trace: "Trace", x: Tensor, h: Tensor | None) -> State:
+        """The states of a trace, as a function of its weights and of what its layers read."""
+        deter, out = ThroughTime.apply(x, h, trace, *trace.weights)
+        mean, std = self.stats(out)
+        return State(mean + std * trace.noise, full_precision(deter), mean, std)
+
+
+class Trace(NamedTuple):
+    """All that the RSSM's loop computed in T steps, from a state (N, ...).
+
+    With ELU for f, and with actions and embeddings as layers read them, or constants:
+        x_t = f(W_x stoch_{t-1} + action_t)
+        i_t = W_i x_t + b_i    s_t = W_s deter_{t-1} + b_s    deter_t = gru(i_t, s_t, deter_{t-1})
+        h_t = f(W_h deter_t + embed_t)    out_t = W_out h_t + b_out
+        mean_t, std_t = stats(out_t)    stoch_t = mean_t + std_t noise_t
+    """
+
+    x: Tensor  # (T, N, hidden)
+    i: Tensor  # (T, N, 3D)
+    s: Tensor  # (T, N, 3D)
+    h: Tensor  # (T, N, hidden)
+    out: Tensor  # (T, N, 2S), never of half precision
+    noise: Tensor  # (T, N, S)
+    stoch: Tensor  # (T + 1, N, S), as layers read it, from the state before the first step on
+    deter: Tensor  # (T + 1, N, D), likewise
+    weights: list[Tensor]  # W_x, W_i, W_s, b_i, b_s, W_h, W_out, b_out
+
+
+class ThroughTime(torch.autograd.Function):
+    """The gradient of a trace: backpropagation through time.
+
+    Autograd would do, step by step, all that it does for one step. Here the loop back in time has
+    only what depends on a later step; the rest, the weights' gradients too, is done for all steps
+    at once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, h, trace, *weights):
+        """deter (T, N, D) and out (T, N, 2S); `x`, `h`: what was added to the products in x_t and
+        h_t. The state before the trace counts as a constant.
+        """
+        ctx.save_for_backward(*trace[:-1], *weights)
+        return trace.deter[1:], trace.out.view_as(trace.out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_deter, d_out):
+        x, i, s, h, out, noise, stoch, deter, *weights = ctx.saved_tensors
+        x_weight, i_weight, s_weight, _, _, h_weight, out_weight, _ = weights
+        size, last = deter.shape[-1], deter[:-1]
+        # The GRU's slopes in i_n, in i_r and s_r, in i_z and s_z, in s_n: see `gru`.
+        i, s = full_precision(i), full_precision(s)
+        r, z = (i[..., : 2 * size] + s[..., : 2 * size]).sigmoid_().chunk(2, -1)
+        s_n = s[..., 2 * size :]
+        n = torch.addcmul(i[..., 2 * size :], r, s_n).tanh_()
+        by_n = (1 - z) * (1 - n.square())
+        slopes = by_n, by_n * s_n * r * (1 - r), (last - n) * z * (1 - z), by_n * r
+        # i has the first three, s the last three.
+        gate_slope, z = torch.stack([y.to(x.dtype) for y in slopes], 2), z.to(x.dtype)
+        x_slope, h_slope = elu_slope(x), elu_slope(h)
+        std_slope = noise * out[..., noise.shape[-1] :].sigmoid()
+        stoch_slope = torch.stack([torch.ones_like(noise), std_slope], 2)  # in both halves of out
+
+        d_deter = torch.cat([torch.zeros_like(deter[:1]), d_deter])
+        d_out, d_stoch = d_out.view_as(stoch_slope), torch.zeros_like(noise[0])
+        d_x, d_h, d_gate = (torch.empty_like(y) for y in (x, h, gate_slope))
+        d_outs = torch.empty_like(d_out, dtype=x.dtype)
+        i_rolled = i_weight.roll(size, 0)  # n, r, z
+        for t in reversed(range(len(x))):
+            torch.addcmul(d_out[t], stoch_slope[t], d_stoch[:, None], out=d_outs[t])
+            torch.mul(d_outs[t].flatten(1) @ out_weight, h_slope[t], out=d_h[t])
+            d_new = torch.addmm(d_deter[t + 1], d_h[t], h_weight, out=d_deter[t + 1])
+            torch.mul(gate_slope[t], d_new[:, None], out=d_gate[t])
+            d_i, d_s = d_gate[t].flatten(1)[:, : 3 * size], d_gate[t].flatten(1)[:, size:]
+            torch.addmm(d_deter[t].addcmul_(d_new, z[t]), d_s, s_weight, out=d_deter[t])
+            torch.mul(d_i @ i_rolled, x_slope[t], out=d_x[t])
+            d_stoch = d_x[t] @ x_weight
+        if not any(ctx.needs_input_grad[1:]):  # as in imagination
+            return d_x, *[None] * (2 + len(weights))
+
+        def over_time(d_y: Tensor, y: Tensor) -> Tensor:
+            return d_y.flatten(0, 1).T @ y.flatten(0, 1)
+
+        d_gate, d_outs = d_gate.flatten(2), d_outs.flatten(2)
+        d_i, d_s = d_gate[..., : 3 * size].roll(-size, -1), d_gate[..., size:]
+        d_weights = (
+            over_time(d_x, stoch[:-1]), over_time(d_i, x), over_time(d_s, last),
+            d_i.sum((0, 1)), d_s.sum((0, 1)), over_time(d_h, deter[1:]),
+            over_time(d_outs, h), d_outs.sum((0, 1)),
+        )  # fmt: skip
+        return d_x, d_h, None, *d_weights
 
 
 class ConvEncoder(nn.Module):
@@ -306,8 +530,9 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, depth: int):
         super().__init__()
-        sizes = [3, depth, 2 * depth, 4 * depth, 8 * depth]
-        layers = [nn.Conv2d(a, b, 4, stride=2) for a, b in pairwise(sizes)]
+        sizes = [depth, 2 * depth, 4 * depth, 8 * depth]
+        others = [nn.Conv2d(a, b, 4, stride=2) for a, b in pairwise(sizes)]
+        layers = [ConvOfPictures(3, depth, 4), *others]
         self.net = nn.Sequential(*(m for x in layers for m in (x, nn.ReLU(inplace=True))))
         self.embed_size = 32 * depth
 
@@ -371,6 +596,10 @@ class ActionDecoder(nn.Module):
         self.raw_init_std = init_std + math.log(-math.expm1(-init_std))  # ln(e^s - 1)
 
     def forward(self, feature: Tensor) -> TanhNormal:
-        mean, std = full_precision(on_rows(self.net, feature)).chunk(2, -1)
+        return self.policy(on_rows(self.net, feature))
+
+    def policy(self, x: Tensor) -> TanhNormal:
+        """The policy that outputs (..., 2A) of the network stand for."""
+        mean, std = full_precision(x).chunk(2, -1)
         mean = self.mean_scale * torch.tanh(mean / self.mean_scale)
         return TanhNormal(mean, F.softplus(std + self.raw_init_std) + self.min_std)

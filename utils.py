@@ -576,7 +576,8 @@ class Beside:
 
 @functools.cache  # in a graph a new one would have its workspace of cuBLAS in that graph's memory
 def _second_stream(device: torch.device):
-    return torch.cuda.Stream(device)
+    # Of higher priority: it has many short operations, which would wait for the long ones.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def median_seconds(device: torch.device, function, repeats: int) -> float:

@@ -59,7 +59,7 @@ def parts(agent: dreamer.Dreamer, batch: dict) -> dict[str, Callable[[], None]]:
 
     with torch.no_grad(), agent.autocast():
         embed = world.encoder(image)
-        _, post, _ = agent.model_loss(batch)
+        _, post, _ = agent.observe(batch)
     encode, decode = (lambda x: [world.encoder(x)]), (lambda x: [world.decoder(x).log_prob(image)])
     return {
         "encoder": with_gradients(world.encoder, encode, image, wanted=False),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 import dreamer
+import models
 import utils
 from models import State, TanhNormal, UnitNormal
 
@@ -41,7 +42,9 @@ def all_have_gradients(network) -> bool:
 def test_each_loss_trains_its_network_and_no_other(make_agent, make_batch):
     agent = make_agent()
     losses = {}
-    losses["world"], post, _ = agent.model_loss(make_batch(agent.config))
+    batch = make_batch(agent.config)
+    image, post, prior = agent.observe(batch)
+    losses["world"], _ = agent.model_loss(batch, image, post, prior)
     behaviour, _ = agent.behaviour_losses(post)
     losses.update(behaviour)
     for name in ("world", "value", "actor"):
@@ -54,7 +57,7 @@ def test_each_loss_trains_its_network_and_no_other(make_agent, make_batch):
 
 def test_behaviour_reaches_no_posterior(make_agent, make_batch):
     agent = make_agent()
-    _, post, _ = agent.model_loss(make_batch(agent.config))
+    _, post, _ = agent.observe(make_batch(agent.config))
     losses, _ = agent.behaviour_losses(post)
     leaves = [post.stoch, post.deter, post.mean, post.std]
     for loss in losses.values():
@@ -66,7 +69,7 @@ def test_behaviour_reaches_no_posterior(make_agent, make_batch):
 def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch, use_disc_model):
     """The value's pass is shared with the actor's; written out apart it must be the same."""
     agent = make_agent(discount=0.9, use_disc_model=use_disc_model)
-    _, post, _ = agent.model_loss(make_batch(agent.config))
+    _, post, _ = agent.observe(make_batch(agent.config))
     captured = {}
     imagine = agent.imagine
 
@@ -95,41 +98,65 @@ def test_value_loss_equals_the_one_with_gradients_stopped(make_agent, make_batch
 
 def test_actor_sees_features_without_gradients_and_its_actions_carry_them(make_agent):
     agent = make_agent()
-    seen, moved = [], []
-    actor, img_step = agent.actor.forward, agent.world["rssm"].img_step
+    seen, rssm = [], agent.world.rssm
+    roll_out, retrace = rssm.roll_out, rssm.retrace
 
-    def spy_actor(feature):
-        seen.append(feature.requires_grad)
-        return actor(feature)
+    def spy_roll_out(act, *arguments):
+        return roll_out(
+            lambda feature: (seen.append(feature.requires_grad), act(feature))[1], *arguments
+        )
 
-    def spy_step(state, action):
-        moved.append(action.requires_grad)
-        return img_step(state, action)
+    def spy_retrace(trace, action):
+        assert action.requires_grad and len(action) == agent.config.imagine_horizon
+        return retrace(trace, action)
 
-    agent.actor.forward, agent.world["rssm"].img_step = spy_actor, spy_step
-    feature, *_ = agent.imagine(agent.world["rssm"].initial(3))
-    assert not any(seen) and all(moved) and len(seen) == agent.config.imagine_horizon
+    rssm.roll_out, rssm.retrace = spy_roll_out, spy_retrace
+    feature, *_ = agent.imagine(rssm.initial(3))
+    assert not any(seen) and len(seen) == agent.config.imagine_horizon
     assert feature.requires_grad
 
 
-def test_first_imagined_feature_is_one_step_after_the_start(make_agent):
+def imagine_step_by_step(agent, start, noises):
+    """Features and surprises of `Dreamer.imagine`, with autograd alone; `noises`: as drawn."""
+    rssm, state, features, surprises = agent.world.rssm, start, [], []
+    for action_noise, noise in zip(*noises):
+        policy = agent.actor(state.feature.detach())
+        x = policy.before_tanh(action_noise)
+        state = rssm.img_step(state, torch.tanh(x))
+        state = state._replace(stoch=state.mean + state.std * noise)
+        features.append(state.feature)
+        surprises.append(policy.surprise(x))
+    return torch.stack(features), torch.stack(surprises)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_imagination_and_its_gradient_are_those_of_steps_one_by_one(make_agent, frozen):
     """f_1 ... f_H are read, never f_0: the start's own reward belongs to a past action."""
     agent = make_agent()
     start = State(*(torch.randn(3, n) for n in (4, 16, 4, 4)))
-    torch.manual_seed(5)
-    feature, *_ = agent.imagine(start)
-    torch.manual_seed(5)
-    action = agent.actor(start.feature).rsample()
-    state = agent.world["rssm"].img_step(start, action)
-    torch.testing.assert_close(feature[0], state.feature)
-    assert len(feature) == agent.config.imagine_horizon
+    steps = agent.config.imagine_horizon
+    results = []
+    for one_by_one in (False, True):
+        torch.manual_seed(5)
+        if one_by_one:
+            noises = torch.randn(steps, 3, 2), torch.randn(steps, 3, 4)
+            outputs = imagine_step_by_step(agent, start, noises)
+        else:
+            with dreamer.frozen(agent.world) if frozen else torch.enable_grad():
+                outputs = agent.imagine(start)[:2]
+        torch.manual_seed(6)
+        loss = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, list(agent.actor.parameters()))))
+    assert len(results[0][0]) == steps
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 def test_the_surprise_at_an_action_goes_with_the_return_from_the_state_that_it_led_to(
     make_agent, make_batch
 ):
     agent = make_agent(actor_entropy=0.5, discount=0.9)
-    _, post, _ = agent.model_loss(make_batch(agent.config))
+    _, post, _ = agent.observe(make_batch(agent.config))
     feature, surprise, metrics = agent.imagine(post.map(lambda x: x.detach().flatten(0, 1)))
     torch.testing.assert_close(metrics["entropy/policy"], surprise.mean())
     agent.imagine = lambda start: (feature, surprise, {})
@@ -149,7 +176,7 @@ def test_the_entropy_keeps_the_policy_from_saturating(make_agent, make_batch):
     agent = make_agent(actor_entropy=1.0)
     with torch.no_grad():
         agent.actor.net[-1].bias.copy_(torch.tensor([8.0, 8.0, -10.0, -10.0]))
-    _, post, _ = agent.model_loss(make_batch(agent.config))
+    _, post, _ = agent.observe(make_batch(agent.config))
     agent.behaviour_losses(post)[0]["actor"].backward()
     gradient = agent.actor.net[-1].bias.grad
     assert (gradient[:2] > 1e-3).all() and (gradient[2:] < -1e-3).all()
@@ -158,7 +185,7 @@ def test_the_entropy_keeps_the_policy_from_saturating(make_agent, make_batch):
 @pytest.mark.parametrize("use_disc_model", [False, True])
 def test_every_posterior_is_a_start_but_a_terminal_one(make_agent, make_batch, use_disc_model):
     agent = make_agent(use_disc_model=use_disc_model)
-    _, post, _ = agent.model_loss(make_batch(agent.config))
+    _, post, _ = agent.observe(make_batch(agent.config))
     starts = []
     imagine = agent.imagine
     agent.imagine = lambda start: (starts.append(start), imagine(start))[1]
@@ -181,7 +208,7 @@ def test_continuation_is_trained_on_discount_times_gamma(make_agent, make_batch)
         return distribution
 
     agent.world["discount"].forward = spy
-    _, _, metrics = agent.model_loss(batch)
+    _, metrics = agent.model_loss(batch, *agent.observe(batch))
     torch.testing.assert_close(seen[0], 0.9 * batch["discount"])
     assert "loss/continuation" in metrics
 
@@ -190,7 +217,7 @@ def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
     agent = make_agent(use_disc_model=True, algo="Dreamerv2", kl_scale=0.5, reward_scale=30)
     batch, world = make_batch(agent.config), agent.world
     torch.manual_seed(3)
-    loss, _, metrics = agent.model_loss(batch)
+    loss, metrics = agent.model_loss(batch, *agent.observe(batch))
     torch.manual_seed(3)
     image = batch["image"].float() / 255 - 0.5
     state = world.rssm.initial(agent.config.batch_size)
@@ -210,7 +237,8 @@ def test_model_loss_is_the_sum_of_its_terms(make_agent, make_batch):
 
 def test_the_free_nats_bound_the_loss_of_the_model(make_agent, make_batch):
     agent = make_agent(free_nats=100.0, kl_scale=0.5)
-    loss, _, metrics = agent.model_loss(make_batch(agent.config))
+    batch = make_batch(agent.config)
+    loss, metrics = agent.model_loss(batch, *agent.observe(batch))
     assert metrics["kl"] < 100
     torch.testing.assert_close(loss, metrics["loss/image"] + metrics["loss/reward"] + 0.5 * 100)
 
@@ -220,7 +248,8 @@ def test_the_balance_is_the_share_of_the_kl_that_trains_the_prior(make_agent, ma
     for balance in (0.8, 0.2):
         agent = make_agent(algo="Dreamerv2", kl_balance=balance)
         torch.manual_seed(3)
-        agent.model_loss(make_batch(agent.config))[0].backward()
+        batch = make_batch(agent.config)
+        agent.model_loss(batch, *agent.observe(batch))[0].backward()
         gradients.append(agent.world.rssm.img_out[-1].weight.grad)
     torch.testing.assert_close(gradients[0], 4 * gradients[1], rtol=1e-3, atol=1e-7)
 
@@ -242,12 +271,14 @@ def test_all_gradients_are_taken_at_the_old_weights(make_agent, make_batch):
 def test_what_is_logged_of_imagination(make_agent, make_batch):
     agent = make_agent(discount=0.9, td_lambda=0.5, imagine_horizon=3)
     policy = TanhNormal(torch.tensor([3.0, 1.0]), torch.tensor([1e-4, 3e-4]))  # tanh 3 > 0.99
-    agent.actor.forward = lambda feature: TanhNormal(
-        policy.mean.expand(len(feature), 2), policy.std.expand(len(feature), 2)
+    agent.actor.policy = lambda x: TanhNormal(
+        policy.mean.expand(*x.shape[:-1], 2), policy.std.expand(*x.shape[:-1], 2)
     )
     agent.world.reward.forward = lambda feature: UnitNormal(torch.full(feature.shape[:-1], 3.0), 0)
     agent.value.forward = lambda feature: UnitNormal(torch.full(feature.shape[:-1], 2.0), 0)
-    _, post, metrics = agent.model_loss(make_batch(agent.config))
+    batch = make_batch(agent.config)
+    image, post, prior = agent.observe(batch)
+    _, metrics = agent.model_loss(batch, image, post, prior)
     normal = torch.distributions.Normal(post.mean, post.std)
     torch.testing.assert_close(metrics["entropy/posterior"], normal.entropy().sum(-1).mean())
     assert metrics["entropy/prior"] != metrics["entropy/posterior"]
@@ -273,7 +304,7 @@ def test_actor_gradient_against_finite_differences(tiny_config, make_batch):
     config = tiny_config(imagine_horizon=4)
     agent = in_double(lambda: dreamer.Dreamer(config, 2, CPU))
     nn.init.zeros_(agent.actor.net[0].weight)
-    _, post, _ = agent.model_loss(make_batch(config, dtype=torch.float64))
+    _, post, _ = agent.observe(make_batch(config, dtype=torch.float64))
     bias = agent.actor.net[-1].bias
 
     def loss_at(shift):
@@ -369,7 +400,7 @@ def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batc
     metrics = agent.update(batch)
     assert all(m.dtype == torch.float32 and m.isfinite() for m in metrics.values())
     with agent.autocast():
-        _, post, _ = agent.model_loss(batch)
+        _, post, _ = agent.observe(batch)
     assert {x.dtype for x in post} == {torch.float32}
     policy = agent.policy(3, explore=False)
     images = np.zeros((3, 64, 64, 3), np.uint8)
@@ -474,7 +505,9 @@ def test_no_view_is_changed_in_place(make_agent, make_batch, precision):
     """Its gradient would be copied four times, in networks that run over all of time at once."""
     agent = make_agent(use_disc_model=True, precision=precision)
     with agent.autocast():
-        loss, post, _ = agent.model_loss(make_batch(agent.config))
+        batch = make_batch(agent.config)
+        image, post, prior = agent.observe(batch)
+        loss, _ = agent.model_loss(batch, image, post, prior)
         losses, _ = agent.behaviour_losses(post)
     for each in (loss, *losses.values()):
         kinds = kinds_of_nodes(each)
@@ -636,11 +669,13 @@ def test_a_policy_starts_each_episode_from_nothing(make_agent):
     assert not np.array_equal(played[0][0], played[0][1])  # and remembers within one
 
 
-def test_a_policy_with_a_short_memory_knows_the_last_steps_and_nothing_before(make_agent):
+def test_a_policy_with_a_short_memory_knows_the_last_steps_and_nothing_before(
+    make_agent, monkeypatch
+):
     """Memory 3: at step 7 the acting state began at step 3, whatever came before."""
     agent = make_agent(act_memory=3)
+    monkeypatch.setattr(models.RSSM, "min_std", 0.0)
     with torch.no_grad():  # no noise, so that the same frames and actions give the same state
-        agent.world.rssm.min_std = 0.0
         agent.world.rssm.obs_out.bias[agent.config.stoch_size :] = -200.0
         agent.world.rssm.obs_out.weight[agent.config.stoch_size :] = 0.0
     rng = np.random.default_rng(0)
@@ -788,7 +823,7 @@ def test_toy_problem_is_solved_through_the_model(tiny_config, algo):
     for step in range(400):
         agent.update(toy_batch(config, step))
     with torch.no_grad():
-        _, post, _ = agent.model_loss(toy_batch(config, 1000))
+        _, post, _ = agent.observe(toy_batch(config, 1000))
         action = agent.actor(post.feature).mode()
     assert (action - 0.5).abs().mean() < 0.15
     assert (action - 0.5).abs().max() < 0.4

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SHORT_RUN, flags, folder, run, train
 
 import dreamer
+import models
 import utils
 from replay_buffer import ReplayBuffer
 
@@ -77,6 +78,29 @@ def test_captured_steps_equal_eager_steps(tiny_config, make_batch, monkeypatch, 
         for name in ("loss/world", "loss/reward", "kl", "loss/value"):
             assert one[name] == pytest.approx(two[name], rel=tolerance, abs=tolerance), name
     assert_trained_alike(captured, eager, tolerance)
+
+
+def test_the_gradients_on_a_card_are_those_on_a_cpu(tiny_config, make_batch, monkeypatch):
+    """Where it takes other ways: the first convolution by blocks, the GRU in one kernel."""
+
+    def drawn_on_the_cpu(shape, like):
+        return torch.randn(shape).to(like)
+
+    for module in (models, dreamer):
+        monkeypatch.setattr(module, "standard_normal", drawn_on_the_cpu)
+    agents = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        config = tiny_config(
+            device=device, precision="fp32", eager=True, use_disc_model=True, algo="Dreamerv2"
+        )
+        agent = dreamer.Dreamer(config, 2, torch.device(device))
+        batch = {key: value.to(device) for key, value in make_batch(config).items()}
+        torch.manual_seed(1)
+        agent.gradients(batch)
+        agents.append(agent)
+    for (name, p), q in zip(agents[0].named_parameters(), agents[1].parameters()):
+        assert (p.grad - q.grad.cpu()).norm() <= 1e-3 * p.grad.norm() + 1e-9, name
 
 
 def test_the_capture_itself_changes_nothing(tiny_config, make_batch):

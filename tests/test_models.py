@@ -84,7 +84,7 @@ def test_mode_is_the_densest_of_its_samples():
 def test_surprise_is_minus_the_log_density_of_the_sample():
     mean, std = torch.tensor([[0.3, -0.5]]), torch.tensor([[0.4, 0.2]])
     policy = models.TanhNormal(mean, std)
-    x = policy.rsample_before_tanh()
+    x = policy.before_tanh(torch.randn_like(policy.mean))
     other = torch.distributions.TransformedDistribution(
         torch.distributions.Normal(mean, std), torch.distributions.transforms.TanhTransform()
     )
@@ -96,7 +96,7 @@ def test_the_gradient_of_the_surprise_does_not_vanish_with_the_tanhs():
     """Of a sharp Normal at 5 the ln density is ln of the tanh's slope off a constant: slope -2."""
     mean = torch.full((1000, 1), 5.0, requires_grad=True)
     policy = models.TanhNormal(mean, torch.full_like(mean, 0.1))
-    x = policy.rsample_before_tanh()
+    x = policy.before_tanh(torch.randn_like(policy.mean))
     (through_tanh,) = torch.autograd.grad(torch.tanh(x).sum(), mean, retain_graph=True)
     (gradient,) = torch.autograd.grad(policy.surprise(x).sum(), mean)
     assert through_tanh.max() < 1e-3
@@ -184,6 +184,46 @@ def test_transposed_convolution_by_blocks(memory_format, kernel, height, width):
         inputs = [y.requires_grad_() for y in (x.clone(), module.weight, module.bias)]
         module.result = torch.autograd.grad(module(inputs[0]), inputs, cotangent)
     torch.testing.assert_close(ours.result, plain.result)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "channels, kernel, height, width", [(3, 4, 8, 6), (1, 2, 2, 4), (2, 6, 6, 8)]
+)
+def test_convolution_of_pictures_by_blocks(memory_format, channels, kernel, height, width):
+    """As on a card, where the blocks have 16, 8 and 16 channels."""
+    ours = models.ConvOfPictures(channels, 5, kernel).to(memory_format=memory_format)
+    nn.init.normal_(ours.bias)
+    x = torch.randn(7, channels, height, width).to(memory_format=memory_format)
+    plain = ours(x)
+    torch.testing.assert_close(ours.by_blocks(x), plain)
+    cotangent = torch.randn_like(plain)
+    results = [
+        torch.autograd.grad(y, list(ours.parameters()), cotangent)
+        for y in (ours.by_blocks(x), plain)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_gru_is_pytorchs():
+    cell = nn.GRUCell(5, 4)
+    x, last = torch.randn(3, 5), torch.randn(3, 4)
+    i = nn.functional.linear(x, cell.weight_ih, cell.bias_ih)
+    s = nn.functional.linear(last, cell.weight_hh, cell.bias_hh)
+    torch.testing.assert_close(models.gru(i, s, last), cell(x, last))
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_recordings_gradient_is_the_networks(layers):
+    net, x = models.mlp(6, 5, layers, 2).double(), torch.randn(4, 3, 6).double()
+    recording = models.Recording(net, 4, 3)
+    steps = [recording(step).clone() for step in x]
+    outputs, expected = recording.outputs(), net(x.flatten(0, 1)).unflatten(0, (4, 3))
+    torch.testing.assert_close(torch.stack(steps), expected)
+    torch.testing.assert_close(outputs, expected)
+    cotangent, weights = torch.randn_like(expected), list(net.parameters())
+    results = [torch.autograd.grad(y, weights, cotangent) for y in (outputs, expected)]
+    torch.testing.assert_close(*results)
 
 
 def test_gradients_of_the_recurrent_weights_are_not_summed_in_bfloat16():
@@ -286,6 +326,40 @@ def test_observe_against_the_equations_step_by_step():
         stoch = mean + std * noise[t]
         for actual, expected in zip(post.map(lambda x, t=t: x[t]), (stoch, deter, mean, std)):
             torch.testing.assert_close(actual, expected)
+
+
+def observe_step_by_step(rssm, embed, action, noise):
+    """`RSSM.observe` from zeros, by autograd alone; `noise`: as drawn."""
+    state, posts, priors = rssm.initial(embed.shape[1]), [], []
+    for e, a, n in zip(embed, action, noise):
+        x = nn.functional.elu(rssm.img_in(torch.cat([state.stoch, a], -1)))
+        deter = rssm.cell(x, state.deter)
+        y = nn.functional.elu(rssm.obs_in(torch.cat([deter, e], -1)))
+        mean, std = rssm.stats(rssm.obs_out(y))
+        state = models.State(mean + std * n, deter, mean, std)
+        posts.append(state)
+        mean, std = rssm.stats(rssm.img_out(deter))
+        priors.append(models.State(mean, deter, mean, std))
+    return [models.State(*map(torch.stack, zip(*states))) for states in (posts, priors)]
+
+
+@pytest.mark.parametrize("read", ["stoch", "deter", "mean", "std"])
+def test_the_gradient_through_time_is_autograds(read):
+    """Of every weight, of the embeddings and of the actions, from each part of the states alone."""
+    rssm, embed, action = (x.double() for x in rssm_and_inputs())
+    for p in rssm.parameters():  # biases too
+        nn.init.normal_(p, std=0.5)
+    leaves = [*rssm.parameters(), embed.requires_grad_(), action.requires_grad_()]
+    torch.manual_seed(1)
+    ours = rssm.observe(embed, action, rssm.initial(3))
+    torch.manual_seed(1)
+    theirs = observe_step_by_step(rssm, embed, action, torch.randn(5, 3, 4).double())
+    cotangents = torch.randn_like(getattr(ours[0], read)), torch.randn_like(ours[1].std)
+    gradients = []
+    for post, prior in (ours, theirs):
+        loss = (getattr(post, read) * cotangents[0]).sum() + (prior.std * cotangents[1]).sum()
+        gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    torch.testing.assert_close(*gradients)
 
 
 def test_img_step_gives_the_prior_that_observe_gives():
