@@ -207,17 +207,30 @@ def elu_slope(y: Tensor) -> Tensor:
     return y.clamp(max=0) + 1
 
 
-def gru(i: Tensor, s: Tensor, last: Tensor) -> Tensor:
+def gru(i: Tensor, s: Tensor, last: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """A GRU's next state, (N, D), from its products with the input, `i`, and with its last state,
-    `s`, (N, 3D) each: n + z (last - n), where r = sigmoid(i_r + s_r), z = sigmoid(i_z + s_z) and
-    n = tanh(i_n + r s_n). As PyTorch has it: the three blocks are r, z, n, and r is outside s_n.
+    `s`, (N, 3D) each; and what `gru_gradient` needs.
+
+    n + z (last - n), where r = sigmoid(i_r + s_r), z = sigmoid(i_z + s_z), n = tanh(i_n + r s_n).
+    As PyTorch has it: the blocks are r, z, n, and r is outside the product.
     """
-    if i.is_cuda:  # PyTorch's own, in one kernel; it has none elsewhere
-        return torch.ops.aten._thnn_fused_gru_cell(i, s, last)[0]
-    size = last.shape[-1]
-    r, z = (i[:, : 2 * size] + s[:, : 2 * size]).sigmoid_().chunk(2, -1)
-    n = torch.addcmul(i[:, 2 * size :], r, s[:, 2 * size :]).tanh_()
-    return torch.lerp(n, last, z)
+    if i.is_cuda:  # PyTorch's own, one kernel each way
+        return torch.ops.aten._thnn_fused_gru_cell(i, s, last)
+    (i_r, i_z, i_n), (s_r, s_z, s_n) = (full_precision(x).chunk(3, -1) for x in (i, s))
+    r, z = torch.sigmoid(i_r + s_r), torch.sigmoid(i_z + s_z)
+    n = torch.tanh(i_n + r * s_n)
+    return (n + z * (last - n)).to(last.dtype), (r, z, n, s_n, last)
+
+
+def gru_gradient(d_new: Tensor, saved: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of `gru`'s `i`, `s` and `last` from that of the next state."""
+    if d_new.is_cuda:
+        return torch.ops.aten._thnn_fused_gru_cell_backward(d_new, saved, has_bias=False)[:3]
+    r, z, n, s_n, last = saved
+    d_n = d_new * (1 - z) * (1 - n.square())
+    d_r, d_z = d_n * s_n * r * (1 - r), d_new * (last - n) * z * (1 - z)
+    d_i, d_s = torch.cat([d_r, d_z, d_n], -1), torch.cat([d_r, d_z, d_n * r], -1)
+    return tuple(x.to(d_new.dtype) for x in (d_i, d_s, d_new * z))
 
 
 class ConvOfPictures(nn.Conv2d):
@@ -412,10 +425,8 @@ class RSSM(nn.Module):
         x_weight, i_weight, s_weight, i_bias, s_bias, h_weight, out_weight, out_bias = weights
         action_weight = self.img_in.weight[:, self.stoch_size :].to(h.dtype)
         steps, rows, size = noise.shape
-        x, h = x.clone(), h.clone()  # f in place
-        i = h.new_empty(steps, rows, len(i_bias))
-        s, out = torch.empty_like(i), noise.new_empty(steps, rows, len(out_bias))
-        stoch, deters = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype)]
+        x, h, out = x.clone(), h.clone(), noise.new_empty(steps, rows, len(out_bias))
+        stoch, deters, saved = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype)], []
         stoch[0] = state.stoch
         for t in range(steps):
             last = deters[-1]
@@ -423,14 +434,15 @@ class RSSM(nn.Module):
                 action = act(torch.cat([stoch[t], last], -1)).to(h.dtype)
                 torch.addmm(x[t], action, action_weight.T, out=x[t])
             torch.addmm(x[t], stoch[t], x_weight.T, out=x[t])
-            torch.addmm(i_bias, F.elu(x[t], inplace=True), i_weight.T, out=i[t])
-            torch.addmm(s_bias, last, s_weight.T, out=s[t])
-            deters.append(gru(i[t], s[t], last))
+            i = F.linear(F.elu(x[t], inplace=True), i_weight, i_bias)
+            new, for_gradient = gru(i, F.linear(last, s_weight, s_bias), last)
+            deters.append(new)
+            saved.append(for_gradient)
             torch.addmm(h[t], deters[-1], h_weight.T, out=h[t])
             out[t] = F.linear(F.elu(h[t], inplace=True), out_weight, out_bias)
             mean, std = self.stats(out[t])
             torch.addcmul(mean, std, noise[t], out=stoch[t + 1])
-        return Trace(x, i, s, h, out, noise, stoch, torch.stack(deters), weights)
+        return Trace(x, h, out, noise, stoch, torch.stack(deters), saved, weights)
 
     def _states(self, trace: "Trace", x: Tensor, h: Tensor | None) -> State:
         """The states of a trace, as a function of its weights and of what its layers read."""
@@ -450,13 +462,12 @@ class Trace(NamedTuple):
     """
 
     x: Tensor  # (T, N, hidden)
-    i: Tensor  # (T, N, 3D)
-    s: Tensor  # (T, N, 3D)
     h: Tensor  # (T, N, hidden)
     out: Tensor  # (T, N, 2S), never of half precision
     noise: Tensor  # (T, N, S)
     stoch: Tensor  # (T + 1, N, S), as layers read it, from the state before the first step on
     deter: Tensor  # (T + 1, N, D), likewise
+    saved: list  # T times, for `gru_gradient`
     weights: list[Tensor]  # W_x, W_i, W_s, b_i, b_s, W_h, W_out, b_out
 
 
@@ -473,50 +484,40 @@ class ThroughTime(torch.autograd.Function):
         """deter (T, N, D) and out (T, N, 2S); `x`, `h`: what was added to the products in x_t and
         h_t. The state before the trace counts as a constant.
         """
-        ctx.save_for_backward(*trace[:-1], *weights)
+        ctx.save_for_backward(*trace[:6], *weights)
+        ctx.saved = trace.saved
         return trace.deter[1:], trace.out.view_as(trace.out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_deter, d_out):
-        x, i, s, h, out, noise, stoch, deter, *weights = ctx.saved_tensors
+        x, h, out, noise, stoch, deter, *weights = ctx.saved_tensors
         x_weight, i_weight, s_weight, _, _, h_weight, out_weight, _ = weights
-        size, last = deter.shape[-1], deter[:-1]
-        # The GRU's slopes in i_n, in i_r and s_r, in i_z and s_z, in s_n: see `gru`.
-        i, s = full_precision(i), full_precision(s)
-        r, z = (i[..., : 2 * size] + s[..., : 2 * size]).sigmoid_().chunk(2, -1)
-        s_n = s[..., 2 * size :]
-        n = torch.addcmul(i[..., 2 * size :], r, s_n).tanh_()
-        by_n = (1 - z) * (1 - n.square())
-        slopes = by_n, by_n * s_n * r * (1 - r), (last - n) * z * (1 - z), by_n * r
-        # i has the first three, s the last three.
-        gate_slope, z = torch.stack([y.to(x.dtype) for y in slopes], 2), z.to(x.dtype)
         x_slope, h_slope = elu_slope(x), elu_slope(h)
         std_slope = noise * out[..., noise.shape[-1] :].sigmoid()
         stoch_slope = torch.stack([torch.ones_like(noise), std_slope], 2)  # in both halves of out
-
-        d_deter = torch.cat([torch.zeros_like(deter[:1]), d_deter])
         d_out, d_stoch = d_out.view_as(stoch_slope), torch.zeros_like(noise[0])
-        d_x, d_h, d_gate = (torch.empty_like(y) for y in (x, h, gate_slope))
+        d_deter = torch.cat([torch.zeros_like(deter[:1]), d_deter])
+        d_x, d_h, d_is, d_ss = torch.empty_like(x), torch.empty_like(h), [], []
         d_outs = torch.empty_like(d_out, dtype=x.dtype)
-        i_rolled = i_weight.roll(size, 0)  # n, r, z
         for t in reversed(range(len(x))):
             torch.addcmul(d_out[t], stoch_slope[t], d_stoch[:, None], out=d_outs[t])
             torch.mul(d_outs[t].flatten(1) @ out_weight, h_slope[t], out=d_h[t])
-            d_new = torch.addmm(d_deter[t + 1], d_h[t], h_weight, out=d_deter[t + 1])
-            torch.mul(gate_slope[t], d_new[:, None], out=d_gate[t])
-            d_i, d_s = d_gate[t].flatten(1)[:, : 3 * size], d_gate[t].flatten(1)[:, size:]
-            torch.addmm(d_deter[t].addcmul_(d_new, z[t]), d_s, s_weight, out=d_deter[t])
-            torch.mul(d_i @ i_rolled, x_slope[t], out=d_x[t])
+            d_new = torch.addmm(d_deter[t + 1], d_h[t], h_weight)
+            d_i, d_s, d_last = gru_gradient(d_new, ctx.saved[t])
+            torch.addmm(d_deter[t].add_(d_last), d_s, s_weight, out=d_deter[t])
+            torch.mul(d_i @ i_weight, x_slope[t], out=d_x[t])
             d_stoch = d_x[t] @ x_weight
+            d_is.append(d_i)
+            d_ss.append(d_s)
         if not any(ctx.needs_input_grad[1:]):  # as in imagination
             return d_x, *[None] * (2 + len(weights))
 
         def over_time(d_y: Tensor, y: Tensor) -> Tensor:
             return d_y.flatten(0, 1).T @ y.flatten(0, 1)
 
-        d_gate, d_outs = d_gate.flatten(2), d_outs.flatten(2)
-        d_i, d_s = d_gate[..., : 3 * size].roll(-size, -1), d_gate[..., size:]
+        d_i, d_s = torch.stack(d_is[::-1]), torch.stack(d_ss[::-1])
+        d_outs, last = d_outs.flatten(2), deter[:-1]
         d_weights = (
             over_time(d_x, stoch[:-1]), over_time(d_i, x), over_time(d_s, last),
             d_i.sum((0, 1)), d_s.sum((0, 1)), over_time(d_h, deter[1:]),

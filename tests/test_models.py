@@ -205,12 +205,16 @@ def test_convolution_of_pictures_by_blocks(memory_format, channels, kernel, heig
     torch.testing.assert_close(*results)
 
 
-def test_gru_is_pytorchs():
-    cell = nn.GRUCell(5, 4)
-    x, last = torch.randn(3, 5), torch.randn(3, 4)
+def test_gru_and_its_gradient_are_pytorchs():
+    cell = nn.GRUCell(5, 4).double()
+    x, last = torch.randn(3, 5).double(), torch.randn(3, 4, requires_grad=True).double()
     i = nn.functional.linear(x, cell.weight_ih, cell.bias_ih)
-    s = nn.functional.linear(last, cell.weight_hh, cell.bias_hh)
-    torch.testing.assert_close(models.gru(i, s, last), cell(x, last))
+    s = nn.functional.linear(last.detach(), cell.weight_hh, cell.bias_hh)
+    new, saved = models.gru(i, s, last)
+    torch.testing.assert_close(new, cell(x, last))
+    d_new = torch.randn_like(new)
+    expected = torch.autograd.grad(new, [i, s, last], d_new)
+    torch.testing.assert_close(models.gru_gradient(d_new, saved), expected)
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -358,7 +362,7 @@ def test_the_gradient_through_time_is_autograds(read):
     gradients = []
     for post, prior in (ours, theirs):
         loss = (getattr(post, read) * cotangents[0]).sum() + (prior.std * cotangents[1]).sum()
-        gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+        gradients.append(torch.autograd.grad(loss, leaves))
     torch.testing.assert_close(*gradients)
 
 
