@@ -196,10 +196,16 @@ class ThroughLayers(torch.autograd.Function):
         inputs, weights = saved[: len(saved) // 3], saved[len(saved) // 3 :: 2]
         d_y, gradients = d_y.flatten(0, 1), []
         for x, weight in reversed(list(zip(inputs, weights))):
-            gradients = [d_y.T @ x.flatten(0, 1), d_y.sum(0), *gradients]
+            gradients = [d_y.T @ x.flatten(0, 1), sum_of_rows(d_y), *gradients]
             if x is not inputs[0]:
                 d_y = (d_y @ weight).mul_(elu_slope(x.flatten(0, 1)))
         return None, *gradients
+
+
+def sum_of_rows(y: Tensor) -> Tensor:
+    """(..., F) to (F). As a product: on a card a sum over many rows is slower."""
+    rows = y.flatten(0, -2)
+    return (rows.new_ones(1, len(rows)) @ rows)[0]
 
 
 def elu_slope(y: Tensor) -> Tensor:
@@ -428,20 +434,22 @@ class RSSM(nn.Module):
         x, h, out = x.clone(), h.clone(), noise.new_empty(steps, rows, len(out_bias))
         stoch, deters, saved = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype)], []
         stoch[0] = state.stoch
-        for t in range(steps):
+        for x_t, h_t, out_t, noise_t, last_stoch, new_stoch in zip(
+            x, h, out, noise, stoch[:-1], stoch[1:]
+        ):
             last = deters[-1]
             if act:
-                action = act(torch.cat([stoch[t], last], -1)).to(h.dtype)
-                torch.addmm(x[t], action, action_weight.T, out=x[t])
-            torch.addmm(x[t], stoch[t], x_weight.T, out=x[t])
-            i = F.linear(F.elu(x[t], inplace=True), i_weight, i_bias)
+                action = act(torch.cat([last_stoch, last], -1)).to(h.dtype)
+                torch.addmm(x_t, action, action_weight.T, out=x_t)
+            torch.addmm(x_t, last_stoch, x_weight.T, out=x_t)
+            i = F.linear(F.elu(x_t, inplace=True), i_weight, i_bias)
             new, for_gradient = gru(i, F.linear(last, s_weight, s_bias), last)
+            torch.addmm(h_t, new, h_weight.T, out=h_t)
+            out_t.copy_(F.linear(F.elu(h_t, inplace=True), out_weight, out_bias))
+            mean, std = self.stats(out_t)
+            torch.addcmul(mean, std, noise_t, out=new_stoch)
             deters.append(new)
             saved.append(for_gradient)
-            torch.addmm(h[t], deters[-1], h_weight.T, out=h[t])
-            out[t] = F.linear(F.elu(h[t], inplace=True), out_weight, out_bias)
-            mean, std = self.stats(out[t])
-            torch.addcmul(mean, std, noise[t], out=stoch[t + 1])
         return Trace(x, h, out, noise, stoch, torch.stack(deters), saved, weights)
 
     def _states(self, trace: "Trace", x: Tensor, h: Tensor | None) -> State:
@@ -496,16 +504,18 @@ class ThroughTime(torch.autograd.Function):
         x_slope, h_slope = elu_slope(x), elu_slope(h)
         std_slope = noise * out[..., noise.shape[-1] :].sigmoid()
         stoch_slope = torch.stack([torch.ones_like(noise), std_slope], 2)  # in both halves of out
-        d_out, d_stoch = d_out.view_as(stoch_slope), torch.zeros_like(noise[0])
+        d_out, d_stoch = d_out.reshape(stoch_slope.shape), torch.zeros_like(noise[0])
         d_deter = torch.cat([torch.zeros_like(deter[:1]), d_deter])
         d_x, d_h, d_is, d_ss = torch.empty_like(x), torch.empty_like(h), [], []
         d_outs = torch.empty_like(d_out, dtype=x.dtype)
         for t in reversed(range(len(x))):
             torch.addcmul(d_out[t], stoch_slope[t], d_stoch[:, None], out=d_outs[t])
             torch.mul(d_outs[t].flatten(1) @ out_weight, h_slope[t], out=d_h[t])
-            d_new = torch.addmm(d_deter[t + 1], d_h[t], h_weight)
+            d_new = d_deter[t + 1]
+            torch.addmm(d_new, d_h[t], h_weight, out=d_new)
             d_i, d_s, d_last = gru_gradient(d_new, ctx.saved[t])
-            torch.addmm(d_deter[t].add_(d_last), d_s, s_weight, out=d_deter[t])
+            before = d_deter[t].add_(d_last)
+            torch.addmm(before, d_s, s_weight, out=before)
             torch.mul(d_i @ i_weight, x_slope[t], out=d_x[t])
             d_stoch = d_x[t] @ x_weight
             d_is.append(d_i)
@@ -520,8 +530,8 @@ class ThroughTime(torch.autograd.Function):
         d_outs, last = d_outs.flatten(2), deter[:-1]
         d_weights = (
             over_time(d_x, stoch[:-1]), over_time(d_i, x), over_time(d_s, last),
-            d_i.sum((0, 1)), d_s.sum((0, 1)), over_time(d_h, deter[1:]),
-            over_time(d_outs, h), d_outs.sum((0, 1)),
+            sum_of_rows(d_i), sum_of_rows(d_s), over_time(d_h, deter[1:]),
+            over_time(d_outs, h), sum_of_rows(d_outs),
         )  # fmt: skip
         return d_x, d_h, None, *d_weights
 
