@@ -196,16 +196,10 @@ class ThroughLayers(torch.autograd.Function):
         inputs, weights = saved[: len(saved) // 3], saved[len(saved) // 3 :: 2]
         d_y, gradients = d_y.flatten(0, 1), []
         for x, weight in reversed(list(zip(inputs, weights))):
-            gradients = [d_y.T @ x.flatten(0, 1), sum_of_rows(d_y), *gradients]
+            gradients = [d_y.T @ x.flatten(0, 1), d_y.sum(0), *gradients]
             if x is not inputs[0]:
                 d_y = (d_y @ weight).mul_(elu_slope(x.flatten(0, 1)))
         return None, *gradients
-
-
-def sum_of_rows(y: Tensor) -> Tensor:
-    """(..., F) to (F). As a product: on a card a sum over many rows is slower."""
-    rows = y.flatten(0, -2)
-    return (rows.new_ones(1, len(rows)) @ rows)[0]
 
 
 def elu_slope(y: Tensor) -> Tensor:
@@ -530,8 +524,8 @@ class ThroughTime(torch.autograd.Function):
         d_outs, last = d_outs.flatten(2), deter[:-1]
         d_weights = (
             over_time(d_x, stoch[:-1]), over_time(d_i, x), over_time(d_s, last),
-            sum_of_rows(d_i), sum_of_rows(d_s), over_time(d_h, deter[1:]),
-            over_time(d_outs, h), sum_of_rows(d_outs),
+            d_i.sum((0, 1)), d_s.sum((0, 1)), over_time(d_h, deter[1:]),
+            over_time(d_outs, h), d_outs.sum((0, 1)),
         )  # fmt: skip
         return d_x, d_h, None, *d_weights
 

@@ -230,12 +230,13 @@ class Every:
 class StopSignal:
     """Turns SIGINT, SIGTERM and a time limit into `Stopped`, raised where `check` is called.
 
-    A second SIGINT ends the process at once.
+    A further SIGINT ends the process at once, but not within a second: `timeout` sends each signal
+    twice.
     """
 
     def __init__(self, max_hours: float | None = None):
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours is not None else None
-        self._signal = None
+        self._signal, self._since = None, None
 
     def __enter__(self):
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -246,8 +247,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number, _frame):
-        self._signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def check(self) -> None:
         """Raises `Stopped` if an end was asked for."""
@@ -576,8 +581,7 @@ class Beside:
 
 @functools.cache  # in a graph a new one would have its workspace of cuBLAS in that graph's memory
 def _second_stream(device: torch.device):
-    # Of higher priority: it has many short operations, which would wait for the long ones.
-    return torch.cuda.Stream(device, priority=-1)
+    return torch.cuda.Stream(device)
 
 
 def median_seconds(device: torch.device, function, repeats: int) -> float:

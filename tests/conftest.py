@@ -119,3 +119,12 @@ def make_batch():
         }
 
     return make
+
+
+def in_double(make):
+    """What `make` makes, in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from conftest import in_double
 from emulated_card import Refuse
 from torch import nn
 from torch.nn.functional import cosine_similarity
@@ -320,15 +321,6 @@ def test_actor_gradient_against_finite_differences(tiny_config, make_batch):
     slope = (loss_at(1e-5)[0] - loss_at(-1e-5)[0]) / 2e-5
     assert slope != 0
     assert loss_at(0.0)[1] == pytest.approx(slope, rel=1e-5)
-
-
-def in_double(make):
-    """What `make` makes, in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return make()
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def copy_in_double(agent, config):

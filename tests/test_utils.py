@@ -488,7 +488,7 @@ def test_without_a_time_limit_no_time_is_too_long(monkeypatch):
         stop.check()
 
 
-def test_a_second_interrupt_ends_the_process_at_once():
+def test_a_further_interrupt_ends_the_process_but_not_one_that_comes_with_the_first():
     code = (
         "import time, utils\n"
         "with utils.StopSignal() as stop:\n"
@@ -502,6 +502,8 @@ def test_a_second_interrupt_ends_the_process_at_once():
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGINT)
             assert process.stdout.readline() == "noted\n"
+            process.send_signal(signal.SIGINT)
+            time.sleep(1.5)
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
             assert process.wait(10) == -signal.SIGINT
