@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
