@@ -360,16 +360,6 @@ def value_loss(log_prob: Tensor, weight: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ agent
 
 
-@contextmanager
-def frozen(module: nn.Module):
-    """Inside, the module's weights are constants: what is computed keeps no graph to them."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
-
-
 class Dreamer(nn.Module):
     """World model, actor and value, their optimizers, and the gradient step.
 
@@ -577,13 +567,12 @@ class Dreamer(nn.Module):
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
-        with frozen(self.world):
-            feature, surprise, metrics = self.imagine(start)
-            reward = self.world.reward(feature).mean
-            if c.use_disc_model:
-                discount = self.world.discount(feature).mean  # γ is in it: see `model_loss`
-            else:
-                discount = torch.full_like(reward, c.discount)
+        feature, surprise, metrics = self.imagine(start)
+        reward = self.world.reward(feature).mean
+        if c.use_disc_model:
+            discount = self.world.discount(feature).mean  # γ is in it: see `model_loss`
+        else:
+            discount = torch.full_like(reward, c.discount)
         value = self.value(feature)
         target = lambda_return(reward, value.mean, discount, c.td_lambda)
         weight = discount_weight(discount)

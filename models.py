@@ -39,10 +39,10 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The type in which products with `x` are computed here: autocast's where that is on."""
+    """The type in which products with `x` are computed here: autocast's if that is on."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else x.dtype
+    return torch.get_autocast_dtype(kind) if on and x.dtype == torch.float32 else x.dtype
 
 
 # ------------------------------------------------------------------------------ distributions
@@ -358,7 +358,7 @@ class RSSM(nn.Module):
     def img_step(self, state: State, action: Tensor) -> State:
         """The prior of the next state. `action`: (N, A)."""
         x = F.elu(self.img_in(torch.cat([state.stoch, action], -1)), inplace=True)
-        # It may be of half precision, and goes as it is into the next step.
+        # Of half precision under autocast, and as it is into the next step.
         deter = self.cell(x, state.deter)
         mean, std = self.stats(self.img_out(deter))
         stoch = mean + std * standard_normal(mean.shape, mean)
@@ -407,7 +407,10 @@ class RSSM(nn.Module):
         return self._loop(act, x, h, weights, state, noise)
 
     def retrace(self, trace: "Trace", action: Tensor) -> State:
-        """The states (T, N, ...) of a roll-out as a function of its actions (T, N, A) alone."""
+        """The states (T, N, ...) of a roll-out, with gradients to its actions and to nothing else.
+
+        `action`: those that `act` chose, (T, N, A), as a function of what is trained.
+        """
         action_weight = self.img_in.weight[:, self.stoch_size :].detach()
         return self._states(trace, F.linear(action, action_weight), None)
 
@@ -426,8 +429,8 @@ class RSSM(nn.Module):
         action_weight = self.img_in.weight[:, self.stoch_size :].to(h.dtype)
         steps, rows, size = noise.shape
         x, h, out = x.clone(), h.clone(), noise.new_empty(steps, rows, len(out_bias))
-        stoch, deters, saved = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype)], []
-        stoch[0] = state.stoch
+        stoch, deters = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype, copy=True)]
+        stoch[0], saved = state.stoch, []
         for x_t, h_t, out_t, noise_t, last_stoch, new_stoch in zip(
             x, h, out, noise, stoch[:-1], stoch[1:]
         ):
@@ -483,8 +486,9 @@ class ThroughTime(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, h, trace, *weights):
-        """deter (T, N, D) and out (T, N, 2S); `x`, `h`: what was added to the products in x_t and
-        h_t. The state before the trace counts as a constant.
+        """deter (T, N, D) and out (T, N, 2S). `x`, `h`: what x_t and h_t have beside the products
+        with the state, as far as it has gradients; only these are taken of them. The state before
+        the trace is a constant.
         """
         ctx.save_for_backward(*trace[:6], *weights)
         ctx.saved = trace.saved
@@ -501,6 +505,7 @@ class ThroughTime(torch.autograd.Function):
         d_out, d_stoch = d_out.reshape(stoch_slope.shape), torch.zeros_like(noise[0])
         d_deter = torch.cat([torch.zeros_like(deter[:1]), d_deter])
         d_x, d_h, d_is, d_ss = torch.empty_like(x), torch.empty_like(h), [], []
+        trained = any(ctx.needs_input_grad[1:])  # not so in imagination
         d_outs = torch.empty_like(d_out, dtype=x.dtype)
         for t in reversed(range(len(x))):
             torch.addcmul(d_out[t], stoch_slope[t], d_stoch[:, None], out=d_outs[t])
@@ -512,9 +517,10 @@ class ThroughTime(torch.autograd.Function):
             torch.addmm(before, d_s, s_weight, out=before)
             torch.mul(d_i @ i_weight, x_slope[t], out=d_x[t])
             d_stoch = d_x[t] @ x_weight
-            d_is.append(d_i)
-            d_ss.append(d_s)
-        if not any(ctx.needs_input_grad[1:]):  # as in imagination
+            if trained:
+                d_is.append(d_i)
+                d_ss.append(d_s)
+        if not trained:
             return d_x, *[None] * (2 + len(weights))
 
         def over_time(d_y: Tensor, y: Tensor) -> Tensor:

@@ -230,8 +230,8 @@ class Every:
 class StopSignal:
     """Turns SIGINT, SIGTERM and a time limit into `Stopped`, raised where `check` is called.
 
-    A further SIGINT ends the process at once, but not within a second: `timeout` sends each signal
-    twice.
+    A further SIGINT ends the process at once, but not within a second of the first signal:
+    `timeout` sends each twice.
     """
 
     def __init__(self, max_hours: float | None = None):

@@ -73,7 +73,7 @@ def install(monkeypatch) -> None:
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = {
         "device": nothing, "stream": nothing, "graph": graph, "CUDAGraph": Graph,
-        "Stream": lambda *device, **named: stream, "current_stream": lambda *device: stream,
+        "Stream": lambda *device: stream, "current_stream": lambda *device: stream,
         "set_stream": nothing,
         "synchronize": nothing,
         "get_rng_state": lambda device: torch.get_rng_state(),

@@ -123,7 +123,7 @@ def test_a_second_stream_begins_with_what_was_queued_and_is_waited_for(monkeypat
         fake.wait_stream = lambda other: calls.append(f"{name} waits for {other.name}")
         return fake
 
-    def make(device, priority):
+    def make(device):
         calls.append("made")
         return stream("second")
 

@@ -366,6 +366,61 @@ def test_the_gradient_through_time_is_autograds(read):
     torch.testing.assert_close(*gradients)
 
 
+def test_the_gradients_of_traces_can_be_taken_twice_and_change_nothing():
+    rssm, embed, action = (x.double() for x in rssm_and_inputs())
+    post, _ = rssm.observe(embed, action, rssm.initial(3))
+    trace = rssm.roll_out(lambda f: f[:, :2].tanh(), post.map(lambda x: x[0].detach()), 4)
+    moves = trace.noise[..., :2].clone().requires_grad_()
+    imagined = rssm.retrace(trace, moves)
+    net = models.mlp(6, 5, 2, 2).double()
+    recording = models.Recording(net, 4, 3)
+    for step in torch.randn(4, 3, 6).double():
+        recording(step)
+    for outputs, leaves in (
+        ((post.deter, post.mean), [rssm.cell.weight_hh, rssm.img_in.weight]),
+        ((imagined.deter, imagined.mean), [moves]),
+        ((recording.outputs(),), list(net.parameters())),
+    ):
+        cotangents = [torch.randn_like(x) for x in outputs]
+        before = [x.clone() for x in cotangents]
+        first = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+        second = torch.autograd.grad(outputs, leaves, cotangents)
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(cotangents, before, rtol=0, atol=0)
+
+
+def test_a_roll_out_has_gradients_to_its_actions_and_to_no_weight():
+    rssm, _, action = rssm_and_inputs()
+    trace = rssm.roll_out(lambda f: f[:, :2].tanh(), rssm.initial(3), 5)
+    feature = rssm.retrace(trace, action.requires_grad_()).feature
+    gradients = torch.autograd.grad(feature.sum(), [action, *rssm.parameters()], allow_unused=True)
+    assert gradients[0].any() and all(g is None for g in gradients[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_under_autocast_only_float32_becomes_half(dtype):
+    x = torch.ones(1, dtype=dtype)
+    assert models.product_type(x) == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.linear(x, torch.ones(1, 1, dtype=dtype)).dtype
+        assert models.product_type(x) == expected
+        assert (expected == torch.bfloat16) == (dtype == torch.float32)
+
+
+def test_a_state_changed_after_its_step_changes_no_gradient():
+    rssm, embed, action = rssm_and_inputs()
+    gradients = []
+    for changed in (False, True):
+        state = models.State(*(torch.ones(3, n) for n in (4, 8, 4, 4)))
+        torch.manual_seed(1)
+        post, _ = rssm.observe(embed, action, state)
+        if changed:
+            for tensor in state:
+                tensor.zero_()
+        gradients.append(torch.autograd.grad(post.mean.sum(), rssm.cell.weight_hh))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_img_step_gives_the_prior_that_observe_gives():
     rssm, embed, action = rssm_and_inputs()
     post, prior = rssm.observe(embed, action, rssm.initial(3))
