@@ -343,6 +343,11 @@ class RSSM(nn.Module):
         self.obs_in = nn.Linear(deter + embed, hidden)
         self.obs_out = nn.Linear(hidden, 2 * stoch)
 
+    @property
+    def _action_weight(self) -> Tensor:
+        """The part of the first layer's weight that reads actions, (hidden, A)."""
+        return self.img_in.weight[:, self.stoch_size :]
+
     def initial(self, batch: int) -> State:
         """The state before a sequence, all zeros, in the weights' type and on their device."""
         zeros = self.img_in.weight.new_zeros
@@ -383,9 +388,8 @@ class RSSM(nn.Module):
     def _posterior(self, embed: Tensor, action: Tensor, state: State) -> State:
         """The posterior of every step of a sequence; shapes as in `observe`."""
         # What is known beforehand is read for all of time at once.
-        action_weight = self.img_in.weight[:, self.stoch_size :]
         embed_weight = self.obs_in.weight[:, self.deter_size :]
-        x = F.linear(action, action_weight, self.img_in.bias)
+        x = F.linear(action, self._action_weight, self.img_in.bias)
         h = F.linear(embed, embed_weight, self.obs_in.bias)
         noise = standard_normal((*action.shape[:2], self.stoch_size), state.stoch)
         weights = self._weights(self.obs_in, self.obs_out, h.dtype)
@@ -411,8 +415,7 @@ class RSSM(nn.Module):
 
         `action`: those that `act` chose, (T, N, A), as a function of what is trained.
         """
-        action_weight = self.img_in.weight[:, self.stoch_size :].detach()
-        return self._states(trace, F.linear(action, action_weight), None)
+        return self._states(trace, F.linear(action, self._action_weight.detach()), None)
 
     def _weights(self, hidden: nn.Linear, out: nn.Linear, dtype: torch.dtype) -> list[Tensor]:
         """What the loop uses of the weights, with two layers after the GRU; as in `Trace`."""
@@ -426,7 +429,7 @@ class RSSM(nn.Module):
         chooses an action from the feature before each step.
         """
         x_weight, i_weight, s_weight, i_bias, s_bias, h_weight, out_weight, out_bias = weights
-        action_weight = self.img_in.weight[:, self.stoch_size :].to(h.dtype)
+        action_weight = self._action_weight.to(h.dtype) if act else None
         steps, rows, size = noise.shape
         x, h, out = x.clone(), h.clone(), noise.new_empty(steps, rows, len(out_bias))
         stoch, deters = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype, copy=True)]
