@@ -44,7 +44,7 @@ from models import (
     ConvDecoder,
     ConvEncoder,
     DenseDecoder,
-    Recording,
+    RecordedMLP,
     State,
     UnitNormal,
     init_as_keras,
@@ -97,7 +97,7 @@ class Config:
     """
 
     env: str = flag("walker-walk", "task of the Control Suite", group="run")
-    algo: str = flag("Dreamerv1", "in any case", type=algorithm, choices=tuple(ALGORITHMS))
+    algo: str = flag("Dreamerv1", "upper or lower case", type=algorithm, choices=tuple(ALGORITHMS))
     exp: str = flag("default", "name of the experiment", "--exp-name")
     seed: int = flag(1, "random seed", maximum=2**32 - 1)
     logdir: str = flag("runs", "where runs are kept")
@@ -127,7 +127,7 @@ class Config:
     )  # fmt: skip
     checkpoint_interval: int = flag(5000, "frames between checkpoints; 0: first, best, last only")
     video_interval: int = flag(50_000, "frames between videos, made at evaluations; 0: none")
-    max_hours: float = flag(None, "stop cleanly after so many hours", type=number)
+    max_hours: float = flag(None, "stop cleanly after so many hours; none: no limit", type=number)
 
     action_repeat: int = flag(2, "frames an action is held", group="environment", minimum=1)
     time_limit: int = flag(1000, "frames of an episode", minimum=1)
@@ -165,13 +165,15 @@ class Config:
     actor_init_std: float = flag(5.0, "policy's std before the tanh, at the start", minimum=0.01)
     use_disc_model: bool = flag(False, "predict continuation instead of a constant discount")
     disc_loss_coeff: float = flag(10.0, "weight of the continuation loss")
-    model_learning_rate: float = flag(None, "of the world model", maximum=1)
+    model_learning_rate: float = flag(
+        None, "learning rate of the world model", group="optimization", maximum=1
+    )
     model_rate_decay: int = flag(
         None, "N: the world model's rate is divided by 1 + (gradient steps) / N; 0: constant"
     )
-    actor_learning_rate: float = flag(None, "of the actor", maximum=1)
-    value_learning_rate: float = flag(None, "of the value", maximum=1)
-    adam_epsilon: float = flag(1e-7, "of the three optimizers")
+    actor_learning_rate: float = flag(None, "learning rate of the actor", maximum=1)
+    value_learning_rate: float = flag(None, "learning rate of the value", maximum=1)
+    adam_epsilon: float = flag(1e-7, "epsilon of the three optimizers")
     grad_clip_norm: float = flag(100.0, "norm to which each gradient is clipped")
 
 
@@ -473,7 +475,7 @@ class Dreamer(nn.Module):
         return self._policies[key]
 
     @torch.no_grad()
-    def dream(self, image: Tensor, action: Tensor, context: int = 5):
+    def open_loop(self, image: Tensor, action: Tensor, context: int = 5):
         """Open-loop prediction: `context` frames are seen, the rest imagined from the actions.
 
         `image` (T, B, 64, 64, 3) uint8, `action` (T, B, A), rows as in the replay. Returns frames
@@ -527,30 +529,32 @@ class Dreamer(nn.Module):
         return loss, metrics
 
     def imagine(self, start: State):
-        """Features (H, N, F) of the imagined states 1 ... H, the policy's surprise at the actions
-        that led there (H, N), and metrics of the policy.
+        """Features (H, N, F) of the imagined states 1 ... H, the policy's -ln density of the
+        actions that led there (H, N), and metrics of the policy.
 
         The actor sees features without gradients; its actions carry them into the next state.
+        By autograd alone, step by step: `imagine_step_by_step` in tests/test_agent.py.
         """
         actor, shape = self.actor, (self.config.imagine_horizon, len(start.stoch))
         noise = standard_normal((*shape, self.actions), start.stoch)
-        steps, recording = iter(noise), Recording(actor.net, *shape)
+        noises = iter(noise)
+        recorded = RecordedMLP(actor.net, *shape)
 
         def act(feature: Tensor) -> Tensor:
-            return torch.tanh(actor.policy(recording(feature)).before_tanh(next(steps)))
+            return torch.tanh(actor.policy(recorded(feature)).before_tanh(next(noises)))
 
         trace = self.world.rssm.roll_out(act, start, len(noise))
-        policy = actor.policy(recording.outputs())
+        policy = actor.policy(recorded.outputs())
         x = policy.before_tanh(noise)
         state = self.world.rssm.retrace(trace, torch.tanh(x))
-        surprise = policy.surprise(x)
+        entropy = -policy.log_prob_before_tanh(x)
         with torch.no_grad():
             metrics = {
-                "entropy/policy": surprise.mean(),
+                "entropy/policy": entropy.mean(),
                 "policy/saturated": (x.abs() > math.atanh(0.99)).to(self.dtype).mean(),
                 "policy/std": policy.std.mean(),
             }
-        return state.feature, surprise, metrics
+        return state.feature, entropy, metrics
 
     def behaviour_losses(self, post: State):
         """Losses of the actor and of the value in imagination from every posterior (T, B, ...),
@@ -567,7 +571,7 @@ class Dreamer(nn.Module):
         if c.use_disc_model:  # the last step may be terminal: nothing starts there
             post = post.map(lambda x: x[:-1])
         start = post.map(lambda x: x.detach().flatten(0, 1))
-        feature, surprise, metrics = self.imagine(start)
+        feature, entropy, metrics = self.imagine(start)
         reward = self.world.reward(feature).mean
         if c.use_disc_model:
             discount = self.world.discount(feature).mean  # γ is in it: see `model_loss`
@@ -578,7 +582,7 @@ class Dreamer(nn.Module):
         weight = discount_weight(discount)
         regression = UnitNormal(value.mean[:-1], event_dims=0)
         # The action that led to state k was chosen in state k - 1, and V_k counts from its reward.
-        objective = target + c.actor_entropy * surprise[:-1] if c.actor_entropy else target
+        objective = target + c.actor_entropy * entropy[:-1] if c.actor_entropy else target
         losses = {
             "value": value_loss(regression.log_prob(target.detach()), weight),
             "actor": actor_loss(objective, weight),
@@ -617,16 +621,17 @@ class Dreamer(nn.Module):
         for group in self.optimizers["world"].param_groups:
             group["lr"] = group["lr"].fill_(rate) if self.captures else rate
         if not self.captures:
-            return self._update(batch)
+            return self.eager_update(batch)
         if self._captured_step is None:
             self._captured_batch = {key: value.clone() for key, value in batch.items()}
-            step, undo = lambda: self._update(self._captured_batch), self._undo()
-            self._captured_step = utils.capture(step, self.device, undo)
+            step = partial(self.eager_update, self._captured_batch)
+            self._captured_step = utils.capture(step, self.device, self._undo())
         for key, value in batch.items():
             self._captured_batch[key].copy_(value)
         return self._captured_step()
 
-    def _update(self, batch: dict) -> dict:
+    def eager_update(self, batch: dict) -> dict:
+        """What `update` captures: gradients and optimizers, at the rates that they have."""
         metrics = self.gradients(batch)
         for name, optimizer in self.optimizers.items():
             self.scalers[name].step(optimizer)
@@ -762,7 +767,7 @@ class Policy:
         return self.action.to("cpu", copy=True).numpy()
 
 
-class Recorder:
+class EpisodeRecorder:
     """The rows of an episode as they come, and the arrays that the replay takes."""
 
     def __init__(self, image: np.ndarray, actions: int):
@@ -791,7 +796,8 @@ def collect_episode(env, agent: Dreamer | None, seed: int, stop: utils.StopSigna
     before = utils.random_state()
     image, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
-    recorder, frames = Recorder(image, env.action_space.shape[0]), 0
+    recorder = EpisodeRecorder(image, env.action_space.shape[0])
+    frames = 0
     policy = agent.policy(1, explore=True) if agent else None
     try:
         with utils.one_thread():
@@ -825,7 +831,7 @@ def evaluate(agent: Dreamer, envs, stop: utils.StopSignal) -> list[dict]:
     seeds = [utils.stream_seed(agent.config.seed, EVALUATION, i) for i in range(envs.num_envs)]
     with utils.isolated_random(seeds[0]):
         images, _ = envs.reset(seed=seeds)
-        recorders = [Recorder(image, agent.actions) for image in images]
+        recorders = [EpisodeRecorder(image, agent.actions) for image in images]
         policy = agent.policy(len(seeds), explore=False)
         while not all(recorder.over for recorder in recorders):
             stop.check()
@@ -841,7 +847,7 @@ def evaluate(agent: Dreamer, envs, stop: utils.StopSignal) -> list[dict]:
     ]
 
 
-def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.ndarray:
+def open_loop_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.ndarray:
     """Truth, open-loop prediction and error below each other, an episode a column.
 
     `episodes` hold `image` and `action`; the first five frames are context. Returns
@@ -851,7 +857,7 @@ def dream_video(agent: Dreamer, episodes: list[dict], length: int = 50) -> np.nd
     image = np.stack([e["image"][:length] for e in episodes], 1)
     action = np.stack([e["action"][:length] for e in episodes], 1)
     with utils.isolated_random(0):
-        model = agent.dream(
+        model = agent.open_loop(
             torch.from_numpy(image).to(agent.device), torch.from_numpy(action).to(agent.device)
         )
     truth, model = image / 255, model.float().cpu().numpy()
@@ -988,10 +994,10 @@ class Trainer:
         finally:
             self.close()
 
-    def open_logs(self) -> None:
+    def open_logs(self, bar: bool = True) -> None:
         self.started = time.monotonic() - self.progress.seconds
         self.logger = utils.Logger(self.folder, self.log_sizes)
-        self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step)
+        self.bar = utils.ProgressBar(self.config.total_steps, self.progress.step, bar)
 
     def close(self) -> None:
         self.bar.close()
@@ -1022,8 +1028,10 @@ class Trainer:
             values = {**self.metrics.pop(), **times}
             self.times = []
             self.logger.scalars(p.step, values)
-            names = ("image", "reward", "actor", "value")
-            self.losses_text = "  ".join(f"{name} {values['loss/' + name]:.4g}" for name in names)
+            names = ("loss/image", "loss/reward", "kl", "loss/actor", "loss/value")
+            # Five digits: an image's loss falls from 11400 to 11300 and no further.
+            texts = (f"{name.removeprefix('loss/')} {values[name]:.5g}" for name in names)
+            self.losses_text = "  ".join(texts)
         self.bar.update(p.step, f"return {p.last_return:.0f}  {self.losses_text}")
 
     def batch(self, number: int) -> dict:
@@ -1151,7 +1159,7 @@ class Trainer:
             self.every["video"].fired(p.step)
             stride, fps = frames_to_show(self.env)
             self.logger.video(p.step, "evaluation", episodes[0]["image"][::stride][:250], fps)
-            self.logger.video(p.step, "open_loop", dream_video(self.agent, episodes[:4]), 10)
+            self.logger.video(p.step, "open_loop", open_loop_video(self.agent, episodes[:4]), 10)
         if mean > p.best_return:
             p.best_return, p.best_step = mean, p.step
             return True
@@ -1320,7 +1328,8 @@ def default_text(f) -> str:
     tables = {**PRESETS, **ALGORITHMS}
     values = {name: table[f.name] for name, table in tables.items() if f.name in table}
     if values:
-        return " (" + ", ".join(f"{name}: {value}" for name, value in values.items()) + ")"
+        typed = {name: "none" if value is None else value for name, value in values.items()}
+        return " (" + ", ".join(f"{name}: {value}" for name, value in typed.items()) + ")"
     return "" if f.default is None or f.type is bool else f" ({f.default})"
 
 
@@ -1437,10 +1446,12 @@ def train_command(modes: dict, given: dict) -> None:
             return
         utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
+        utils.say(f"this run is complete: {folder}; --evaluate --restore shows it")
 
 
 def evaluate_command(modes: dict, given: dict) -> None:
-    """--evaluate --restore: returns, their JSON, GIFs of the best and worst episode, a dream."""
+    """--evaluate --restore: returns, their JSON, GIFs of the best and the worst episode and
+    of an open-loop prediction."""
     if "restore" not in modes:
         raise utils.RunError("--evaluate needs --restore: the newest checkpoint of the run")
     folder = run_folder(Config(**given))
@@ -1466,7 +1477,8 @@ def evaluate_command(modes: dict, given: dict) -> None:
 
 
 def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]) -> None:
-    """Prints the returns; writes their JSON, GIFs of the best and the worst episode, a dream."""
+    """Prints the returns; writes their JSON, GIFs of the best and the worst episode and of
+    an open-loop prediction."""
     config, returns = agent.config, [e["return"] for e in episodes]
     for number, each in enumerate(returns, 1):
         utils.say(f"episode {number}: return {each:.1f}")
@@ -1490,11 +1502,11 @@ def write_evaluation(agent: Dreamer, step: int, path: Path, episodes: list[dict]
     }
     name = f"evaluation-{step}" + utils.BEST * path.stem.endswith(utils.BEST)
     utils.write_json(folder / f"{name}.json", result)
-    dream = dream_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)  # twice the size
+    open_loop = open_loop_video(agent, episodes[:2]).repeat(2, 1).repeat(2, 2)  # twice the size
     videos = {
         "best": film(config, episodes[int(np.argmax(returns))]),
         "worst": film(config, episodes[int(np.argmin(returns))]),
-        "dream": (dream, 10),
+        "open_loop": (open_loop, 10),
     }
     for kind, (frames, fps) in videos.items():
         utils.save_gif(folder / "videos" / f"{name}-{kind}.gif", frames, fps)
@@ -1515,7 +1527,7 @@ def benchmark_command(modes: dict, given: dict) -> None:
         (folder / "episodes").mkdir()
         trainer = Trainer(config, folder, stop)
         describe(trainer.agent, "benchmark")
-        trainer.open_logs()
+        trainer.open_logs(bar=False)
         try:
             result = benchmark(trainer)
         finally:
@@ -1529,7 +1541,10 @@ def benchmark_command(modes: dict, given: dict) -> None:
 def benchmark(trainer: Trainer) -> dict:
     """Times the methods that training calls, medians of several; and what they add up to."""
     c, agent, p = trainer.config, trainer.agent, trainer.progress
-    seconds_of = partial(utils.median_seconds, trainer.device)
+
+    def seconds_of(what: str, work: Callable, times: int) -> float:
+        utils.say(f"measuring: {what}", "stderr")
+        return utils.median_seconds(trainer.device, work, times)
 
     def collect_from(step: int):
         p.step = step
@@ -1539,23 +1554,24 @@ def benchmark(trainer: Trainer) -> dict:
         trainer.stop.check()
         trainer.gradient_step()
 
-    random_seconds = seconds_of(lambda: collect_from(0), 3)  # before `seed_steps`
+    random_seconds = seconds_of("environment", lambda: collect_from(0), 3)  # before `seed_steps`
     frames = p.step
-    suite_seconds = seconds_of(env_wrapper.suites_own(c.env, frames, c.action_repeat), 3)
-    collect_seconds = seconds_of(lambda: collect_from(c.seed_steps), 3)
+    suites_own = env_wrapper.suites_own(c.env, frames, c.action_repeat)
+    suite_seconds = seconds_of("the suite's own environment", suites_own, 3)
+    collect_seconds = seconds_of("collecting", lambda: collect_from(c.seed_steps), 3)
     policy, image = agent.policy(1, explore=True), np.zeros((1, 64, 64, 3), np.uint8)
     with utils.one_thread():
-        acting_seconds = seconds_of(lambda: policy(image), 20)
-    sample_seconds = seconds_of(lambda: trainer.batch(1), 20)
+        acting_seconds = seconds_of("acting", lambda: policy(image), 20)
+    sample_seconds = seconds_of("sampling", lambda: trainer.batch(1), 20)
     p.updates_left = c.update_steps + 10  # the end of an iteration is not reached
-    update_seconds = seconds_of(gradient_step, 5)
+    update_seconds = seconds_of("gradient step", gradient_step, 5)
     peak_memory = utils.peak_memory_gb(trainer.device)
     trainer.stop.check()
     with FlopCounterMode(display=False) as counter:
-        agent._update(trainer.batch(0))  # not captured: the counter sees no operation of a graph
+        agent.eager_update(trainer.batch(0))  # the counter sees no operation of a captured graph
     matmul = utils.matmul_flops(trainer.device, agent.precision)
     trainer.play()  # starts the environments, once in a run
-    evaluation_seconds = seconds_of(trainer.play, 1)
+    evaluation_seconds = seconds_of("evaluation", trainer.play, 1)
     work = work_of_run(c, frames)
     seconds = random_seconds, update_seconds, collect_seconds, evaluation_seconds
     return {

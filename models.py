@@ -92,21 +92,21 @@ class TanhNormal:
         """The sample that `noise`, standard normal, stands for, before its tanh: (..., A)."""
         return self.mean + self.std * noise
 
-    def surprise(self, x: Tensor) -> Tensor:
-        """-ln of the density of the action tanh(`x`), summed over A: (..., A) to (...).
+    def log_prob_before_tanh(self, x: Tensor) -> Tensor:
+        """ln of the density of the action tanh(`x`), summed over A: (..., A) to (...).
 
-        By ln(1 - tanh(x)^2) = 2 (ln 2 - x - softplus(-2x)) it is finite for every x. Its mean over
-        samples is the entropy, and its gradient does not vanish where the tanh's does.
+        By ln(1 - tanh(x)^2) = 2 (ln 2 - x - softplus(-2x)) it is finite for every x. Minus its mean
+        over samples is the entropy, and its gradient does not vanish where the tanh's does.
         """
         normal = 0.5 * ((x - self.mean) / self.std).square() + self.std.log()
         log_slope = 2 * (math.log(2) - x - F.softplus(-2 * x))
-        return (normal + 0.5 * math.log(2 * math.pi) + log_slope).sum(-1)
+        return -(normal + 0.5 * math.log(2 * math.pi) + log_slope).sum(-1)
 
     def mode(self, samples: int = 100) -> Tensor:
         """Of `samples` samples the one of highest density, as in the v1 code: (..., A)."""
         shape = (samples, *self.mean.shape)
         x = self.mean + self.std * standard_normal(shape, self.mean)
-        best = self.surprise(x).argmin(0, keepdim=True)
+        best = self.log_prob_before_tanh(x).argmax(0, keepdim=True)
         return torch.tanh(x.gather(0, best[..., None].expand(1, *self.mean.shape))[0])
 
 
@@ -151,7 +151,7 @@ def on_rows(net: nn.Module, x: Tensor) -> Tensor:
     return net(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-class Recording:
+class RecordedMLP:
     """An `mlp` that is called in T steps, without gradients, and then differentiated.
 
     Autograd would take the gradients of its weights step by step and add them up; here they are
@@ -378,7 +378,8 @@ class RSSM(nn.Module):
 
         `embed`: (T, B, E), `action`: (T, B, A), `state`: before the sequence, (B, ...), which no
         gradient reaches. The returned states are (T, B, ...); the prior's `stoch` is its mean,
-        since nothing samples it.
+        since nothing samples it. By autograd alone, step by step: `observe_step_by_step` in
+        tests/test_models.py.
         """
         posterior = self._posterior(embed, action, state)
         # The recurrence does not need the prior: its head runs once over all of time.
@@ -432,8 +433,9 @@ class RSSM(nn.Module):
         action_weight = self._action_weight.to(h.dtype) if act else None
         steps, rows, size = noise.shape
         x, h, out = x.clone(), h.clone(), noise.new_empty(steps, rows, len(out_bias))
-        stoch, deters = h.new_empty(steps + 1, rows, size), [state.deter.to(h.dtype, copy=True)]
-        stoch[0], saved = state.stoch, []
+        stoch = h.new_empty(steps + 1, rows, size)
+        stoch[0] = state.stoch
+        deters, saved = [state.deter.to(h.dtype, copy=True)], []
         for x_t, h_t, out_t, noise_t, last_stoch, new_stoch in zip(
             x, h, out, noise, stoch[:-1], stoch[1:]
         ):

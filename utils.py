@@ -414,18 +414,21 @@ class Logger:
 class ProgressBar:
     """One live bar over the steps of a run; lines, a minute apart, where output is no terminal."""
 
-    def __init__(self, total: int, step: int):
+    def __init__(self, total: int, step: int, shown: bool = True):
+        self._shown = shown
         self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self._total, self._first, self._started = total, step, time.monotonic()
         self._next, self._complete = self._started, False
         # Most updates are gradient steps, which take long and add no frame: only the rate of the
         # whole process tells the time left.
         options = {"total": total, "initial": step, "unit": "frame", "dynamic_ncols": True}
-        self._bar = tqdm(**options, smoothing=0, disable=self._lines)
+        self._bar = tqdm(**options, smoothing=0, disable=self._lines or not shown)
 
     def update(self, step: int, text: str) -> None:
         """Shows where the run stands: frames, rate and time left, then `text`."""
         step, now = min(step, self._total), time.monotonic()
+        if not self._shown:
+            return
         if now < self._next and (step < self._total or self._complete):
             return
         self._complete = step == self._total

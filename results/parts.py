@@ -66,7 +66,7 @@ def parts(agent: dreamer.Dreamer, batch: dict) -> dict[str, Callable[[], None]]:
         "RSSM": with_gradients(world.rssm, observe, embed),
         "decoder": with_gradients(world.decoder, decode, post.feature),
         "behaviour": behaviour,
-        "gradient step": lambda: agent._update(batch),
+        "gradient step": lambda: agent.eager_update(batch),
     }
 
 

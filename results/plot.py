@@ -25,8 +25,9 @@ import numpy as np
 
 # Settings that do not change what is learned: runs that differ only in these belong together.
 IGNORED = {
-    "seed", "logdir", "exp", "device", "precision", "max_hours", "eval_interval", "eval_episodes",
-    "checkpoint_interval", "video_interval", "buffer_gb", "vector_env", "eager", "total_steps",
+    "env", "seed", "logdir", "exp", "device", "precision", "max_hours", "eval_interval",
+    "eval_episodes", "checkpoint_interval", "video_interval", "buffer_gb", "vector_env", "eager",
+    "total_steps",
 }  # fmt: skip
 PUBLISHED_FRAMES = 100_000
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -66,9 +67,9 @@ class Run:
 class Group:
     """Runs of one task, algorithm and settings, one per seed.
 
-    `differ` says what sets it apart from the other groups of its task and algorithm, and is empty
-    if there is none. `settings` names it with its preset and experiments. `twins` are runs of a
-    seed that the group already has: they are no further sample, and left out.
+    `differ` says what sets it apart from the other groups of its algorithm, whatever their tasks,
+    and is empty if nothing does. `settings` names it with its preset and experiments. `twins` are
+    runs of a seed that the group already has: they are no further sample, and left out.
     """
 
     task: str
@@ -169,7 +170,8 @@ def differing(mine: dict, siblings: list[dict]) -> list[str]:
     others = [other for other in siblings if other["preset"] == mine["preset"]]
     keys = dict.fromkeys(key for other in others for key in other)
     values = {key: [c.get(key, "unset") for c in (mine, *others)] for key in keys}
-    return [f"{k}={v[0]}" for k, v in values.items() if any(x != v[0] for x in v)]
+    texts = {k: f"{v[0]:g}" if isinstance(v[0], float) else str(v[0]) for k, v in values.items()}
+    return [f"{k}={texts[k]}" for k, v in values.items() if any(x != v[0] for x in v)]
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -178,19 +180,22 @@ def group_runs(runs: list[Run]) -> list[Group]:
     for run in runs:
         name = run.config["env"], run.config["algo"], json.dumps(settings_of(run), sort_keys=True)
         together.setdefault(name, []).append(run)
+    by_algo = {}
+    for (_, algo, _), members in together.items():
+        by_algo.setdefault(algo, []).append(settings_of(members[0]))
     groups = []
     for (task, algo), names in groupby(sorted(together), key=lambda name: name[:2]):
         siblings = [together[name] for name in names]
-        all_settings = [settings_of(members[0]) for members in siblings]
-        for members, mine in zip(siblings, all_settings):
-            parts = differing(mine, all_settings)
+        for members in siblings:
+            mine = settings_of(members[0])
+            parts = differing(mine, by_algo[algo])
             # Of a seed that was run twice, the run that got further.
             best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
             twins = [r for r in members if r is not best[r.config["seed"]]]
             kept = [best[seed] for seed in sorted(best)]
             exps = "+".join(sorted({run.config["exp"] for run in kept}))
             settings = ", ".join([mine["preset"], exps, *parts])
-            differ = ", ".join([mine["preset"], *parts]) if len(siblings) > 1 else ""
+            differ = ", ".join([mine["preset"], *parts]) if parts or len(siblings) > 1 else ""
             groups.append(Group(task, algo, kept, twins, differ, settings))
     return groups
 
@@ -343,8 +348,10 @@ def figure(groups: list[Group], references: list[dict]):
     methods = sorted({row["method"] for row in shown})
     columns = min(2, len(tasks))
     height = -(-len(tasks) // columns)
-    longest = max(len(members) for members in tasks.values())
-    size = 9, 0.5 + 3.1 * height + 0.2 * longest
+    # Legends stand above the panels; the panels of a row begin where its longest one ends.
+    lines = [sum(legend_text(g).count("\n") + 1 for g in members) for members in tasks.values()]
+    legends = sum(max(lines[i : i + columns]) for i in range(0, len(lines), columns))
+    size = 9, 0.5 + 2.8 * height + 0.19 * legends
     with matplotlib.rc_context(STYLE):
         # A Figure that pyplot does not know is drawn by Agg, with or without a display.
         fig = Figure(size, dpi=200, layout="constrained")
@@ -369,6 +376,12 @@ def figure(groups: list[Group], references: list[dict]):
     return fig
 
 
+def legend_text(group: Group) -> str:
+    """What a curve is called, in lines of a panel's width."""
+    name = ", ".join(filter(None, [group.algo, group.differ]))
+    return textwrap.fill(f"{name} ({group.seeds})", 54)
+
+
 def draw_panel(ax, task: str, groups: list[Group]) -> None:
     """The curves of one task; its title stands over their legend."""
     drawn = []
@@ -377,10 +390,9 @@ def draw_panel(ax, task: str, groups: list[Group]) -> None:
         color = COLORS.get(group.algo, OTHER_COLOR)
         dashes = LINES[drawn.count(group.algo) % len(LINES)]
         drawn.append(group.algo)
-        name = ", ".join(filter(None, [group.algo, group.differ]))
         ax.plot(
-            steps, returns.mean(0), label=textwrap.fill(f"{name} ({group.seeds})", 56), color=color,
-            linestyle=dashes, linewidth=1.8, marker="o", markersize=2.6, clip_on=False,
+            steps, returns.mean(0), label=legend_text(group), color=color, linestyle=dashes,
+            linewidth=1.8, marker="o", markersize=2.6, clip_on=False,
         )  # fmt: skip
         if len(returns) > 1 and len(steps):
             ax.fill_between(steps, *interval(returns), color=color, alpha=0.18, linewidth=0)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def files_below(path) -> dict[Path, bytes]:
 
 def folder(logdir, env="cartpole-balance", algo="Dreamerv1", exp="default", seed=1):
     return logdir / env / algo / exp / str(seed)
+
+
+def wait_for(scalar, process, logdir) -> None:
+    """Until a run that goes on in `process` has logged that scalar."""
+    metrics, deadline = folder(logdir) / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and scalar in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None, f"no {scalar} came"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

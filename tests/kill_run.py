@@ -51,10 +51,15 @@ def plain(value):
     return repr(value)  # NaN equals NaN here
 
 
+def rows_of(folder: Path) -> list[dict]:
+    """The logged metrics of a run."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def contents(folder: Path) -> dict:
     """All of a finished run that its future or its reader can see, but for times, by name."""
     state = utils.load_checkpoint(utils.checkpoints(folder / "checkpoints")[-1])
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(folder)
     events = []
     for path in folder.glob("events.out.tfevents.*"):
         for record in RawEventFileLoader(str(path)).Load():

@@ -137,16 +137,16 @@ def test_first_imagined_feature_is_one_step_after_the_start(make_agent):
 
 
 def imagine_step_by_step(agent, start, noises):
-    """Features and surprises of `Dreamer.imagine`, with autograd alone; `noises`: as drawn."""
-    rssm, state, features, surprises = agent.world.rssm, start, [], []
+    """Features and entropies of `Dreamer.imagine`, with autograd alone; `noises`: as drawn."""
+    rssm, state, features, entropies = agent.world.rssm, start, [], []
     for action_noise, noise in zip(*noises):
         policy = agent.actor(state.feature.detach())
         x = policy.before_tanh(action_noise)
         state = rssm.img_step(state, torch.tanh(x))
         state = state._replace(stoch=state.mean + state.std * noise)
         features.append(state.feature)
-        surprises.append(policy.surprise(x))
-    return torch.stack(features), torch.stack(surprises)
+        entropies.append(-policy.log_prob_before_tanh(x))
+    return torch.stack(features), torch.stack(entropies)
 
 
 def test_imagination_and_its_gradient_are_those_of_steps_one_by_one(make_agent):
@@ -170,21 +170,21 @@ def test_imagination_and_its_gradient_are_those_of_steps_one_by_one(make_agent):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
-def test_the_surprise_at_an_action_goes_with_the_return_from_the_state_that_it_led_to(
+def test_the_entropy_at_an_action_goes_with_the_return_from_the_state_that_it_led_to(
     make_agent, make_batch
 ):
     agent = make_agent(actor_entropy=0.5, discount=0.9)
     _, post, _ = agent.observe(make_batch(agent.config))
-    feature, surprise, metrics = agent.imagine(post.map(lambda x: x.detach().flatten(0, 1)))
-    torch.testing.assert_close(metrics["entropy/policy"], surprise.mean())
-    agent.imagine = lambda start: (feature, surprise, {})
+    feature, entropy, metrics = agent.imagine(post.map(lambda x: x.detach().flatten(0, 1)))
+    torch.testing.assert_close(metrics["entropy/policy"], entropy.mean())
+    agent.imagine = lambda start: (feature, entropy, {})
     losses = []
     for coefficient in (0.0, 0.5):
         agent.config.actor_entropy = coefficient
         losses.append(agent.behaviour_losses(post)[0])
     steps = agent.config.imagine_horizon - 1
     weight = torch.tensor([0.9**k for k in range(steps)])[:, None]
-    expected = -(weight * 0.5 * surprise[:steps]).mean()
+    expected = -(weight * 0.5 * entropy[:steps]).mean()
     torch.testing.assert_close(losses[1]["actor"] - losses[0]["actor"], expected)
     torch.testing.assert_close(losses[1]["value"], losses[0]["value"])
 
@@ -428,7 +428,7 @@ def test_half_precision_on_the_cpu_keeps_losses_in_float32(make_agent, make_batc
     assert states[1].dtype == torch.float32 and (states[0] != states[1]).any()
     actions = [policy(images) for _ in range(2)]
     assert actions[0].dtype == np.float32 and (actions[0] != actions[1]).any()
-    frames = agent.dream(batch["image"], batch["action"])
+    frames = agent.open_loop(batch["image"], batch["action"])
     assert frames.dtype == torch.float32 and frames.isfinite().all()
 
 
@@ -784,8 +784,8 @@ def test_a_dream_shows_truth_prediction_and_error(make_agent):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 9, 64, 64, 3), np.uint8)
     episodes = [{"image": x, "action": np.zeros((9, 2), np.float32)} for x in image]
-    agent.dream = lambda image, action: 1 - image / 255
-    video = dreamer.dream_video(agent, episodes, length=7)
+    agent.open_loop = lambda image, action: 1 - image / 255
+    video = dreamer.open_loop_video(agent, episodes, length=7)
     assert video.shape == (7, 3 * 64, 2 * 64, 3)
     for i, x in enumerate(image[:, :7]):
         truth, model, error = np.split(video[:, :, 64 * i : 64 * (i + 1)], 3, 1)
@@ -798,15 +798,15 @@ def test_dream_sees_the_context_and_no_later_frame(make_agent):
     image = torch.randint(0, 256, (9, 2, 64, 64, 3), dtype=torch.uint8)
     action = torch.rand(9, 2, 2)
     torch.manual_seed(1)
-    frames = agent.dream(image, action)
+    frames = agent.open_loop(image, action)
     image[5:] = 0
     torch.manual_seed(1)
-    again = agent.dream(image, action)
+    again = agent.open_loop(image, action)
     assert frames.shape == (9, 2, 64, 64, 3)
     assert torch.equal(frames, again)
     action[7] += 0.5
     torch.manual_seed(1)
-    other = agent.dream(image, action)
+    other = agent.open_loop(image, action)
     assert torch.equal(frames[:7], other[:7]) and not torch.equal(frames[7], other[7])
 
 

@@ -21,8 +21,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train
-from kill_run import differences, plain
+from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train, wait_for
+from kill_run import differences, plain, rows_of
 
 import dreamer
 import env_wrapper
@@ -30,12 +30,8 @@ import utils
 from replay_buffer import ReplayBuffer
 
 
-def rows(path) -> list[dict]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
 def without_times(path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows(path)]
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in rows_of(path)]
 
 
 def last_state(path) -> dict:
@@ -63,7 +59,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 
 
 def test_every_scalar_of_the_glossary_is_written(finished):
-    found = {name for row in rows(folder(finished)) for name in row}
+    found = {name for row in rows_of(folder(finished)) for name in row}
     assert found >= {
         "step", "train/return", "eval/return_mean", "eval/return_std", "eval/return_min",
         "eval/return_max", "loss/world", "loss/image", "loss/reward", "loss/actor", "loss/value",
@@ -76,7 +72,7 @@ def test_every_scalar_of_the_glossary_is_written(finished):
 
 def test_what_is_logged_of_episodes_is_what_lies_on_disk(finished):
     path = folder(finished)
-    logged = rows(path)
+    logged = rows_of(path)
     collected = [row for row in logged if "train/return" in row]
     names = last_state(path)["episodes"]
     assert len(collected) == len(names) == 6
@@ -104,9 +100,9 @@ def test_collecting_is_logged_in_frames_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
     monkeypatch.setattr(dreamer, "collect_episode", an_hour)
     assert train(tmp_path, total_steps=120, eval_episodes=1, video_interval=0) == 0
-    fps = [row["time/collect_fps"] for row in rows(folder(tmp_path)) if "train/return" in row]
+    fps = [row["time/collect_fps"] for row in rows_of(folder(tmp_path)) if "train/return" in row]
     assert fps == pytest.approx([40 / 3600] * 3, rel=0.1)
-    overall = [row["time/fps"] for row in rows(folder(tmp_path)) if "time/fps" in row]
+    overall = [row["time/fps"] for row in rows_of(folder(tmp_path)) if "time/fps" in row]
     assert overall == pytest.approx([40 / 3600] * 2, rel=0.1)  # of the prefill, of the iteration
 
 
@@ -120,14 +116,14 @@ def test_what_is_logged_of_an_evaluation_is_of_its_returns(tmp_path, monkeypatch
 
     monkeypatch.setattr(dreamer.Trainer, "play", an_hour)
     assert train(tmp_path, video_interval=0, eval_episodes=3) == 0
-    evaluated = [row for row in rows(folder(tmp_path)) if "eval/return_mean" in row]
+    evaluated = [row for row in rows_of(folder(tmp_path)) if "eval/return_mean" in row]
     std = math.sqrt(14 / 3)
     expected = {"mean": 3, "std": std, "min": 1, "max": 6}
     for row in evaluated:
         logged = {name: row[f"eval/return_{name}"] for name in expected}
         assert logged == pytest.approx(expected)
     hours = {
-        row["step"]: row["time/hours"] for row in rows(folder(tmp_path)) if "time/hours" in row
+        row["step"]: row["time/hours"] for row in rows_of(folder(tmp_path)) if "time/hours" in row
     }
     assert [int(hours[row["step"]]) for row in evaluated] == [1, 2]
     assert int(last_state(folder(tmp_path))["progress"]["seconds"]) // 3600 == 2
@@ -206,7 +202,7 @@ def test_evaluate_prints_writes_and_repeats(finished, tmp_path, capsys, monkeypa
         gif = imageio.imread(folder(finished) / "videos" / f"evaluation-240-{name}.gif", index=None)
         assert gif.shape[1:] == (size, size, 3) and len(gif) > 5
         assert any((a != b).any() for a, b in pairwise(gif))
-    assert (folder(finished) / "videos" / "evaluation-240-dream.gif").exists()
+    assert (folder(finished) / "videos" / "evaluation-240-open_loop.gif").exists()
     assert run(*words, "--eval-episodes", 3) == 0
     again = json.loads((folder(finished) / "evaluation-240.json").read_text())
     assert again["episodes"] == result["episodes"]
@@ -461,7 +457,7 @@ def test_a_signal_is_looked_at_before_every_gradient_step_and_every_step_of_an_e
 
     note(utils.StopSignal, "check", "look")
     note(dreamer.Dreamer, "update", "update")
-    note(dreamer.Recorder, "add", "step")
+    note(dreamer.EpisodeRecorder, "add", "step")
     assert train(tmp_path, eval_episodes=1) == 0
     pairs = {pair for pair in pairwise(events) if "look" not in pair}
     assert {"update", "step"} < set(events) and not pairs
@@ -492,7 +488,7 @@ def test_several_episodes_an_iteration_stopped_in_the_last_one(tmp_path, monkeyp
     words = flags(env="cartpole-balance", logdir=tmp_path / "b")
     assert run("--train", "--restore", *words) == 0
     assert without_times(folder(tmp_path / "a")) == without_times(folder(tmp_path / "b"))
-    assert "eval/return_mean" in {k for row in rows(folder(tmp_path / "b")) for k in row}
+    assert "eval/return_mean" in {k for row in rows_of(folder(tmp_path / "b")) for k in row}
 
 
 def test_a_stop_keeps_the_checkpoint_of_the_best_evaluation_beside_its_own(tmp_path, monkeypatch):
@@ -568,7 +564,7 @@ def test_a_full_replay_goes_on_exactly(tmp_path):
     assert run("--train", "--restore", *words) == 0
     one, two = last_state(folder(tmp_path / "a")), last_state(folder(tmp_path / "b"))
     assert plain(one["agent"]) == plain(two["agent"])
-    assert max(r.get("replay/episodes", 0) for r in rows(folder(tmp_path / "a"))) == 3
+    assert max(r.get("replay/episodes", 0) for r in rows_of(folder(tmp_path / "a"))) == 3
 
 
 def test_a_batch_drawn_ahead_is_the_batch_of_its_step(tmp_path, monkeypatch):
@@ -639,7 +635,7 @@ def test_evaluations_and_checkpoints_come_when_due(tmp_path, action_repeat):
     # Episodes end at multiples of 40, the intervals at multiples of 70.
     due = {"eval_interval": 70, "checkpoint_interval": 70, "time_limit": 40}
     assert train(tmp_path, action_repeat=action_repeat, video_interval=0, **due) == 0
-    steps = [r["step"] for r in rows(folder(tmp_path)) if "eval/return_mean" in r]
+    steps = [r["step"] for r in rows_of(folder(tmp_path)) if "eval/return_mean" in r]
     assert steps == [80, 160, 240]
     assert checkpoint_steps(tmp_path) == steps
     assert len(utils.checkpoints(folder(tmp_path) / "checkpoints")) == 3
@@ -973,7 +969,7 @@ def test_times_of_an_iteration_that_was_stopped_are_of_the_steps_after_it(tmp_pa
     assert done == list(range(9))
     words = flags(env="cartpole-balance", logdir=tmp_path)
     assert run("--train", "--restore", *words) == 0
-    rows = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").open()]
+    rows = rows_of(folder(tmp_path))
     (time_ms,) = [row["time/update_ms"] for row in rows if "time/update_ms" in row]
     assert time_ms >= 50
 
@@ -1237,7 +1233,7 @@ def test_a_damaged_episode_is_moved_aside_and_named(tmp_path, capsys):
     assert run("--train", "--restore", *words) == 0
     assert episodes[0].name in capsys.readouterr().out
     assert (folder(tmp_path) / "episodes" / "damaged" / episodes[0].name).exists()
-    assert rows(folder(tmp_path))[-1]["step"] == 200
+    assert rows_of(folder(tmp_path))[-1]["step"] == 200
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys):
@@ -1314,12 +1310,7 @@ def start(logdir, *words):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_real_process_and_the_run_goes_on(tmp_path, number):
     process = start(tmp_path, "--total-steps=100000")
-    metrics = folder(tmp_path) / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not (
-        metrics.exists() and "loss/world" in metrics.read_text()
-    ):
-        time.sleep(0.1)
+    wait_for("loss/world", process, tmp_path)
     process.send_signal(number)
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + number, out
@@ -1346,7 +1337,7 @@ def test_max_hours_stops_cleanly(tmp_path, capsys, hours):
     assert last_state(folder(tmp_path))["progress"]["step"] == 0
     words = flags(env="cartpole-balance", logdir=tmp_path)
     assert run("--train", "--restore", *words) == 0
-    assert rows(folder(tmp_path))[-1]["step"] == 240
+    assert rows_of(folder(tmp_path))[-1]["step"] == 240
 
 
 def test_max_hours_may_end_in_mid_iteration(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHORT_RUN, flags, folder, in_double, run, train
+from kill_run import rows_of
 
 import dreamer
 import models
@@ -106,7 +107,7 @@ def test_the_capture_itself_changes_nothing(tiny_config, make_batch):
     captured, _ = pair(tiny_config)
     batch = on_card(make_batch(captured.config))
     before, random = copy.deepcopy(captured.state_dict()), torch.cuda.get_rng_state()
-    utils.capture(lambda: captured._update(batch), CUDA, captured._undo())
+    utils.capture(lambda: captured.eager_update(batch), CUDA, captured._undo())
     for name, value in captured.state_dict().items():
         assert torch.equal(value, before[name])
     assert torch.equal(torch.cuda.get_rng_state(), random)
@@ -215,7 +216,7 @@ def test_a_run_trains_goes_on_and_evaluates(tmp_path, precision):
     assert train(tmp_path, total_steps=160, **more) == 0
     words = flags(env=SHORT_RUN["env"], logdir=tmp_path, total_steps=240)
     assert run("--train", "--restore", *words) == 0
-    rows = [json.loads(line) for line in (folder(tmp_path) / "metrics.jsonl").open()]
+    rows = rows_of(folder(tmp_path))
     assert rows[-1]["step"] == 240
     trained = [r for r in rows if "loss/world" in r]
     assert all(np.isfinite(r["loss/world"]) for r in trained)

@@ -31,7 +31,7 @@ def test_bernoulli_takes_a_soft_target():
 
 
 def log_density(policy, action):
-    return -policy.surprise(torch.atanh(action))
+    return policy.log_prob_before_tanh(torch.atanh(action))
 
 
 def test_tanh_normal_density_integrates_to_one():
@@ -59,9 +59,9 @@ def test_tanh_normal_is_finite_at_the_bounds(mean):
     for action in (torch.ones(1, 2), -torch.ones(1, 2), torch.tensor([[1.0, -1.0]])):
         x = 30 * action
         assert torch.equal(torch.tanh(x), action)
-        surprise = policy.surprise(x)
-        assert surprise.isfinite().all()
-        (gradient,) = torch.autograd.grad(surprise.sum(), weights)
+        log_prob = policy.log_prob_before_tanh(x)
+        assert log_prob.isfinite().all()
+        (gradient,) = torch.autograd.grad(log_prob.sum(), weights)
         assert gradient.isfinite().all()
 
 
@@ -81,26 +81,26 @@ def test_mode_is_the_densest_of_its_samples():
         assert abs(grid[log_density(one, grid[:, None]).argmax()] - many[0, i]) < 0.1
 
 
-def test_surprise_is_minus_the_log_density_of_the_sample():
+def test_log_prob_is_the_log_density_of_the_sample():
     mean, std = torch.tensor([[0.3, -0.5]]), torch.tensor([[0.4, 0.2]])
     policy = models.TanhNormal(mean, std)
     x = policy.before_tanh(torch.randn_like(policy.mean))
     other = torch.distributions.TransformedDistribution(
         torch.distributions.Normal(mean, std), torch.distributions.transforms.TanhTransform()
     )
-    expected = -other.log_prob(torch.tanh(x)).sum(-1)
-    torch.testing.assert_close(policy.surprise(x), expected, rtol=1e-4, atol=1e-4)
+    expected = other.log_prob(torch.tanh(x)).sum(-1)
+    torch.testing.assert_close(policy.log_prob_before_tanh(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_gradient_of_the_surprise_does_not_vanish_with_the_tanhs():
-    """Of a sharp Normal at 5 the ln density is ln of the tanh's slope off a constant: slope -2."""
+def test_the_gradient_of_the_log_prob_does_not_vanish_with_the_tanhs():
+    """Of a sharp Normal at 5 the ln density is a constant less ln of the tanh's slope: slope 2."""
     mean = torch.full((1000, 1), 5.0, requires_grad=True)
     policy = models.TanhNormal(mean, torch.full_like(mean, 0.1))
     x = policy.before_tanh(torch.randn_like(policy.mean))
     (through_tanh,) = torch.autograd.grad(torch.tanh(x).sum(), mean, retain_graph=True)
-    (gradient,) = torch.autograd.grad(policy.surprise(x).sum(), mean)
+    (gradient,) = torch.autograd.grad(policy.log_prob_before_tanh(x).sum(), mean)
     assert through_tanh.max() < 1e-3
-    torch.testing.assert_close(gradient, torch.full_like(gradient, -2.0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 2.0), rtol=0, atol=1e-3)
 
 
 def test_rsample_is_reparameterized_and_bounded():
@@ -220,7 +220,7 @@ def test_gru_and_its_gradient_are_pytorchs():
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_a_recordings_gradient_is_the_networks(layers):
     net, x = models.mlp(6, 5, layers, 2).double(), torch.randn(4, 3, 6).double()
-    recording = models.Recording(net, 4, 3)
+    recording = models.RecordedMLP(net, 4, 3)
     steps = [recording(step).clone() for step in x]
     outputs, expected = recording.outputs(), net(x.flatten(0, 1)).unflatten(0, (4, 3))
     torch.testing.assert_close(torch.stack(steps), expected)
@@ -373,7 +373,7 @@ def test_the_gradients_of_traces_can_be_taken_twice_and_change_nothing():
     moves = trace.noise[..., :2].clone().requires_grad_()
     imagined = rssm.retrace(trace, moves)
     net = models.mlp(6, 5, 2, 2).double()
-    recording = models.Recording(net, 4, 3)
+    recording = models.RecordedMLP(net, 4, 3)
     for step in torch.randn(4, 3, 6).double():
         recording(step)
     for outputs, leaves in (

@@ -149,6 +149,19 @@ def test_other_settings_are_kept_apart(make_run, tmp_path):
     assert remark.startswith("walker-walk Dreamerv1: 4 settings, kept apart: ")
 
 
+def test_what_differs_between_tasks_is_named_too(make_run, tmp_path):
+    make_run([1.0], kl_scale=0.3)
+    make_run([1.0], env="cheetah-run", kl_scale=1.0)
+    make_run([1.0], env="cheetah-run", algo="Dreamerv2", kl_scale=1.0)
+    differ = {(group.task, group.algo): group.differ for group in groups_of(tmp_path)}
+    assert differ == {
+        ("cheetah-run", "Dreamerv1"): "small, kl_scale=1",
+        ("cheetah-run", "Dreamerv2"): "",
+        ("walker-walk", "Dreamerv1"): "small, kl_scale=0.3",
+    }
+    assert plot.remarks(groups_of(tmp_path)) == []
+
+
 def test_a_setting_that_one_run_does_not_know_keeps_it_apart(make_run, tmp_path):
     make_run([1.0])
     make_run([1.0], seed=2, new_flag=None)
@@ -316,6 +329,19 @@ def test_what_the_picture_shows(make_run, tmp_path):
     assert marks == {float(row["mean"]) for row in published}
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == sorted(row["method"] for row in published)
+
+
+def test_many_long_labels_leave_the_panels_their_room(make_run, tmp_path):
+    for number in range(8):
+        many = {f"a_setting_with_a_long_name_{i}": number for i in range(6)}
+        make_run([1.0, 2.0], exp=f"exp{number}", **many)
+        make_run([1.0, 2.0], env="cheetah-run", exp=f"exp{number}", **many)
+    figure = plot.figure(groups_of(tmp_path), [])
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert ax.get_window_extent().height / figure.dpi > 2
+        legend = ax.get_legend().get_window_extent()
+        assert legend.y0 >= ax.get_window_extent().y1 and legend.y1 <= figure.bbox.y1
 
 
 def test_seeds_without_common_frames(make_run, tmp_path, capsys):

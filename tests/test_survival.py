@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train
-from kill_run import contents, differences
+from conftest import ROOT, SHORT_RUN, files_below, flags, folder, run, train, wait_for
+from kill_run import contents, differences, rows_of
 
 import utils
 
@@ -178,14 +178,6 @@ def members(process) -> int:
     return groups.count(process.pid)
 
 
-def wait_for(scalar, process, logdir) -> None:
-    """Until a run that goes on in `process` has logged that scalar."""
-    metrics, deadline = folder(logdir) / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and scalar in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, f"no {scalar} came"
-        time.sleep(0.1)
-
-
 def group_is_alive(process) -> bool:
     try:
         os.killpg(process.pid, 0)
@@ -316,7 +308,7 @@ def test_an_evaluation_whose_output_nobody_reads_is_written(finished, tmp_path):
         "dreamer.py: error: standard output: Broken pipe; all the rest is done\n"
     )
     assert (folder(tmp_path) / "evaluation-240.json").exists()
-    assert (folder(tmp_path) / "videos" / "evaluation-240-dream.gif").exists()
+    assert (folder(tmp_path) / "videos" / "evaluation-240-open_loop.gif").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
@@ -343,7 +335,7 @@ def test_logs_that_became_shorter_are_named_and_stay_readable(finished, tmp_path
     assert run("--train", "--restore", *words) == 0
     out = capsys.readouterr().out
     assert f"{metrics} is shorter" in out and f"{events} is shorter" in out
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = rows_of(folder(tmp_path))
     assert rows[: len(before) - 1] == [json.loads(line) for line in before[:-1]]
     assert rows[-1]["step"] == 280
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Payload, mutations
+from kill_run import rows_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -608,10 +609,6 @@ def test_metrics_survive_a_checkpoint(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- logger
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events_of(folder):
