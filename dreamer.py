@@ -973,8 +973,10 @@ class Trainer:
         p = self.progress
         self.open_logs()
         try:
-            if not p.step:
-                self.save()  # so that a run without a checkpoint is one that has lost them
+            # Else a run without a checkpoint has lost them; or it goes on from one of another name,
+            # such as `<step>-best.pt`.
+            if not (self.folder / "checkpoints" / f"{p.step}.pt").exists():
+                self.save()
             finished = False
             while not finished:
                 self.stop.check()
@@ -1193,8 +1195,8 @@ class Trainer:
         utils.save_checkpoint(folder / f"{self.progress.step}.pt", state)
         utils.prune_checkpoints(folder, keep=3, best=self.progress.best_step)
 
-    def restore(self, state: dict) -> None:
-        """Goes on from a checkpoint: fills the replay from the run's episodes.
+    def restore(self, path: Path, state: dict) -> None:
+        """Goes on from the checkpoint at `path`: fills the replay from the run's episodes.
 
         A damaged episode is moved to `episodes/damaged/` and named. The episodes and checkpoints
         that came after the checkpoint are removed, the rows of the logs when these are opened: all
@@ -1214,13 +1216,13 @@ class Trainer:
             self.log_sizes = dict(state["files"])
             episodes = [self.folder / "episodes" / name for name in state["episodes"]]
             utils.set_random_state(state["random"])
-        for path in utils.bar(episodes, "replay"):
+        for episode in utils.bar(episodes, "replay"):
             self.stop.check()
-            self.load_episode(path)
+            self.load_episode(episode)
         if episodes and not len(self.replay):
             raise utils.RunError(f"no episode of {self.folder / 'episodes'} can be read")
         if not self.complete:
-            self.forget_after(self.progress.step)
+            self.forget_after(path)
 
     def load_episode(self, path: Path) -> None:
         """An episode from disk into the replay, or out of the way."""
@@ -1236,13 +1238,20 @@ class Trainer:
             else:
                 utils.say(f"missing episode: {path}")
 
-    def forget_after(self, step: int) -> None:
-        """Removes episodes that the run has not seen, and checkpoints later than `step`."""
+    def forget_after(self, checkpoint: Path) -> None:
+        """Removes checkpoints later than the restored one, and episodes that it has not seen.
+
+        Of the same frames `<step>.pt` is later than `<step>-best.pt`.
+        """
+        now = self.progress.step
+        # The newest first and the episodes last: if this is cut short, the newest that is left has
+        # all of its episodes.
+        for path in reversed(utils.checkpoints(self.folder / "checkpoints")):
+            same = path.stem == str(now) and path.resolve() != checkpoint.resolve()
+            if utils.step_of(path) > now or same:
+                path.unlink()
         for path in (self.folder / "episodes").glob("*.npz"):
             if path.name not in self.episode_files:
-                path.unlink()
-        for path in utils.checkpoints(self.folder / "checkpoints"):
-            if utils.step_of(path) > step:
                 path.unlink()
 
 
@@ -1438,7 +1447,7 @@ def train_command(modes: dict, given: dict) -> None:
         utils.say(f"pictures: {trainer.env.unwrapped.renderer}")
         utils.say(f"replay: {trainer.replay}")
         if path:
-            trainer.restore(state)
+            trainer.restore(path, state)
         utils.say(f"from {path or 'the start'}")
         if trainer.complete:
             frames = trainer.progress.step

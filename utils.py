@@ -370,7 +370,7 @@ class Logger:
     def _name_shorter(self, sizes: dict) -> None:
         here = {path.name: path for path in self._files()}
         for name, size in sizes.items():
-            if name not in here or here[name].stat().st_size < size:
+            if size and (name not in here or here[name].stat().st_size < size):
                 say(f"{self.folder / name} is shorter than it was, or gone: rows are lost")
                 if name in here and name.endswith(".jsonl"):
                     os.truncate(here[name], here[name].read_bytes().rfind(b"\n") + 1)
@@ -379,7 +379,7 @@ class Logger:
         return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
 
     def state_dict(self) -> dict:
-        """Flushes, and returns the size of each file in bytes."""
+        """The size of each file in bytes, all of it on the disk."""
         os.fsync(self._jsonl.fileno())
         return {path.name: path.stat().st_size for path in self._files()}
 
@@ -417,6 +417,7 @@ class ProgressBar:
     def __init__(self, total: int, step: int, shown: bool = True):
         self._shown = shown
         self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        step = min(step, total)
         self._total, self._first, self._started = total, step, time.monotonic()
         self._next, self._complete = self._started, False
         # Most updates are gradient steps, which take long and add no frame: only the rate of the

@@ -60,7 +60,7 @@ def measure(episodes: int, flags: dict) -> dict:
         checkpoint = write_run(config, folder, episodes)
         trainer = dreamer.Trainer(config, folder, stop)
         start = monotonic()
-        trainer.restore(utils.load_checkpoint(checkpoint))
+        trainer.restore(checkpoint, utils.load_checkpoint(checkpoint))
         restored = monotonic() - start
         trainer.run()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]

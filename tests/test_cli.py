@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -544,6 +544,79 @@ def test_going_on_from_an_older_checkpoint_forgets_what_came_later(finished, tmp
     assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
     assert plain(last_state(folder(finished))["agent"]) == plain(last_state(path)["agent"])
     assert without_times(folder(finished)) == without_times(path)
+
+
+class Killed(BaseException):
+    """As a SIGKILL: nothing is saved on the way out."""
+
+
+def test_a_process_that_dies_while_it_forgets_leaves_a_run_that_goes_on_exactly(
+    finished, tmp_path, monkeypatch
+):
+    assert train(tmp_path, checkpoint_interval=40) == 0
+    path, unlink = folder(tmp_path), Path.unlink
+    older = utils.checkpoints(path / "checkpoints")[-3]
+    words = flags(env="cartpole-balance", logdir=tmp_path)
+
+    def dies_at_an_episode(self, *arguments, **named):
+        unlink(self, *arguments, **named)
+        if self.suffix == ".npz":
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", dies_at_an_episode)
+        run("--train", "--restore", *words, "--checkpoint-path", older)
+    assert {*last_state(path)["episodes"]} <= {p.name for p in (path / "episodes").iterdir()}
+    assert run("--train", "--restore", *words) == 0
+    assert plain(last_state(folder(finished))["agent"]) == plain(last_state(path)["agent"])
+
+
+@pytest.mark.parametrize("name", ["80-best.pt", "good.pt"])
+def test_a_run_restored_from_a_checkpoint_of_another_name_can_end_at_once(
+    tmp_path, monkeypatch, name
+):
+    """What the best evaluation left, or what a user kept from being pruned."""
+
+    def ends(error, updates_left):
+        def step(trainer):
+            if trainer.progress.step == 80 and trainer.progress.updates_left == updates_left:
+                raise error
+            original(trainer)
+
+        return step
+
+    original, more = dreamer.Trainer.gradient_step, {"eval_interval": 80, "eval_episodes": 1}
+    path, words = folder(tmp_path / "b"), flags(env="cartpole-balance", logdir=tmp_path / "b")
+    again, stopped = ["--train", "--restore", *words], utils.Stopped("SIGTERM", 143)
+    with monkeypatch.context() as patch:  # the evaluation at 80 is followed by four gradient steps
+        patch.setattr(dreamer.Trainer, "gradient_step", ends(stopped, 1))
+        assert train(tmp_path / "b", **more) == 143
+    checkpoint = path / "checkpoints" / "80-best.pt"
+    if name == "good.pt":
+        (path / "checkpoints" / "80.pt").unlink()
+        checkpoint = checkpoint.rename(path / "checkpoints" / name)
+    for error in (Killed(), stopped):
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(dreamer.Trainer, "gradient_step", ends(error, 4))
+            assert run(*again, "--checkpoint-path", checkpoint) == 143
+        assert last_state(path)["progress"]["updates"] == 0
+    assert run(*again) == 0
+    assert train(tmp_path / "a", **more) == 0
+    assert without_times(folder(tmp_path / "a")) == without_times(path)
+    assert plain(last_state(folder(tmp_path / "a"))["agent"]) == plain(last_state(path)["agent"])
+
+
+def test_no_row_is_called_lost_that_was_never_written(tmp_path, monkeypatch, capsys):
+    """Killed before its first row, a run has a checkpoint that tells of empty logs."""
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dreamer, "collect_episode", dies)
+        train(tmp_path)
+    assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
+    assert "rows are lost" not in capsys.readouterr().out
 
 
 def test_a_foreign_checkpoint_harms_no_run(finished, tmp_path, capsys):
