@@ -166,6 +166,7 @@ class ControlSuite(gym.Env):
     `time_limit` frames the episode is truncated, which is not its end in the task's own sense:
     `terminated` is true only where the task itself ended, with discount 0. `info["frames"]` is
     how many frames a step took: fewer than `action_repeat` where an episode ends in between.
+    Where the simulation diverges the episode is truncated too, with the last picture once more.
 
     The state of the random number generator is set afresh by `reset(seed=...)`, so that an
     episode depends on its seed alone.
@@ -189,7 +190,7 @@ class ControlSuite(gym.Env):
         self.action_repeat, self.time_limit = action_repeat, time_limit
         self.render_mode, self.render_size = render_mode, render_size
         self._camera = None  # that of observations, made when it is needed
-        self._frames = 0
+        self._frames, self._image = 0, None
         frame = self._env.control_timestep()  # seconds
         self.metadata = {**self.metadata, "render_fps": 1 / (frame * action_repeat)}
         self._cheap_rendering()
@@ -234,20 +235,26 @@ class ControlSuite(gym.Env):
         self._env.reset()
         if self._env.physics is not physics:
             self._cheap_rendering()
-        self._frames = 0
-        return self._observation(), {}
+        self._frames, self._image = 0, self._observation()
+        return self._image, {}
 
     def step(self, action):
+        from dm_control.rl.control import PhysicsError
+
         reward, frames, last = 0.0, 0, False
         while frames < self.action_repeat and not last:
-            step = self._env.step(action)
-            reward += step.reward or 0.0
             frames += 1
+            try:
+                step = self._env.step(action)
+            except PhysicsError:  # a run would come to it again after every restore
+                return self._image, float(reward), False, True, {"frames": frames}
+            reward += step.reward or 0.0
             last = step.last() or self._frames + frames >= self.time_limit
         self._frames += frames
         terminated = bool(step.last() and step.discount == 0)
+        self._image = self._observation()
         info = {"frames": frames}
-        return self._observation(), float(reward), terminated, last and not terminated, info
+        return self._image, float(reward), terminated, last and not terminated, info
 
     def render(self):
         if self.render_mode is None:

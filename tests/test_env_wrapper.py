@@ -389,6 +389,20 @@ def test_the_end_of_a_task_against_the_end_of_its_time(
     assert reward == 0.75 and info == {"frames": 2} and not steps
 
 
+def test_an_episode_whose_simulation_diverges_is_truncated(make):
+    """MuJoCo itself then begins anew in the middle of a step."""
+    env = make("cheetah-run", action_repeat=3)
+    env.reset(seed=1)
+    seen, *_ = env.step(env.action_space.sample())
+    env.unwrapped._env.physics.data.qvel[:] = 1e20
+    image, *outcome = env.step(env.action_space.sample())
+    assert outcome == [0.0, False, True, {"frames": 1}]
+    assert (image == seen).all()
+    image, _ = env.reset(seed=1)
+    assert (image == env.reset(seed=1)[0]).all()
+    assert not env.step(env.action_space.sample())[3]
+
+
 def test_a_real_end_of_a_task_is_a_termination(make):
     """An LQR system that is at rest at its goal ends by itself."""
     env = make("lqr-lqr_2_1", seed=0).unwrapped
