@@ -312,8 +312,12 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     path = tmp_path / "benchmark.json"
     words = flags(**{**SHORT_RUN, "logdir": tmp_path / "runs", "collect_steps": 30})
     assert run("--benchmark", "--json", path, *words) == 0
-    out, result = capsys.readouterr().out, json.loads(path.read_text())
+    (out, told), result = capsys.readouterr(), json.loads(path.read_text())
+    parts = ("environment", "the suite's own environment", "collecting", "acting", "sampling")
+    parts = [*parts, "gradient step", "evaluation"]
+    assert told.splitlines() == [f"measuring: {part}" for part in parts]  # and no bar of a run
     first, settings, *_ = out.splitlines()
+    assert len(out.splitlines()) == 1 + len(result)
     assert first == "benchmark on CPU in torch.float32, preset small"
     assert "batch_size=4" in settings.split() and "cnn_depth=4" in settings.split()
     for name, value in result.items():
@@ -616,7 +620,10 @@ def test_no_row_is_called_lost_that_was_never_written(tmp_path, monkeypatch, cap
         patch.setattr(dreamer, "collect_episode", dies)
         train(tmp_path)
     assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
-    assert "rows are lost" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rows are lost" not in out
+    last = f"this run is complete: {folder(tmp_path)}; --evaluate --restore shows it"
+    assert out.splitlines()[-1] == last
 
 
 def test_a_foreign_checkpoint_harms_no_run(finished, tmp_path, capsys):
