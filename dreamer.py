@@ -973,8 +973,8 @@ class Trainer:
         p = self.progress
         self.open_logs()
         try:
-            # Else a run without a checkpoint has lost them; or it goes on from one of another name,
-            # such as `<step>-best.pt`.
+            # A new run (one without a checkpoint counts as having lost them), or one restored from
+            # a file of another name, such as `<step>-best.pt`.
             if not (self.folder / "checkpoints" / f"{p.step}.pt").exists():
                 self.save()
             finished = False
@@ -1244,9 +1244,8 @@ class Trainer:
         Of the same frames `<step>.pt` is later than `<step>-best.pt`.
         """
         now = self.progress.step
-        # The newest first and the episodes last: if this is cut short, the newest that is left has
-        # all of its episodes.
-        for path in reversed(utils.checkpoints(self.folder / "checkpoints")):
+        # The episodes last: if this is cut short, each checkpoint that is left has all of its own.
+        for path in utils.checkpoints(self.folder / "checkpoints"):
             same = path.stem == str(now) and path.resolve() != checkpoint.resolve()
             if utils.step_of(path) > now or same:
                 path.unlink()
@@ -1455,7 +1454,7 @@ def train_command(modes: dict, given: dict) -> None:
             return
         utils.write_json(folder / "config.json", asdict(config))
         trainer.run()
-        utils.say(f"this run is complete: {folder}; --evaluate --restore shows it")
+        utils.say(f"complete: {folder}; the same flags with --evaluate --restore show it")
 
 
 def evaluate_command(modes: dict, given: dict) -> None:
@@ -1578,9 +1577,11 @@ def benchmark(trainer: Trainer) -> dict:
     trainer.stop.check()
     with FlopCounterMode(display=False) as counter:
         agent.eager_update(trainer.batch(0))  # the counter sees no operation of a captured graph
+    utils.say("measuring: matrix product", "stderr")
     matmul = utils.matmul_flops(trainer.device, agent.precision)
+    utils.say("measuring: evaluation", "stderr")
     trainer.play()  # starts the environments, once in a run
-    evaluation_seconds = seconds_of("evaluation", trainer.play, 1)
+    evaluation_seconds = utils.median_seconds(trainer.device, trainer.play, 1)
     work = work_of_run(c, frames)
     seconds = random_seconds, update_seconds, collect_seconds, evaluation_seconds
     return {

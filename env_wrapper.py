@@ -247,6 +247,8 @@ class ControlSuite(gym.Env):
             try:
                 step = self._env.step(action)
             except PhysicsError:  # a run would come to it again after every restore
+                if not np.isfinite(action).all():  # that is no fault of the simulation
+                    raise
                 return self._image, float(reward), False, True, {"frames": frames}
             reward += step.reward or 0.0
             last = step.last() or self._frames + frames >= self.time_limit

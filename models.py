@@ -181,7 +181,7 @@ class RecordedMLP:
 
 
 class ThroughLayers(torch.autograd.Function):
-    """The gradient of a recording's weights; its inputs have none."""
+    """The gradient of a `RecordedMLP`'s weights; its inputs have none."""
 
     @staticmethod
     def forward(ctx, layers, *weights):

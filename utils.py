@@ -379,7 +379,7 @@ class Logger:
         return [*self.folder.glob("metrics.jsonl"), *self.folder.glob("events.out.tfevents.*")]
 
     def state_dict(self) -> dict:
-        """The size of each file in bytes, all of it on the disk."""
+        """The size of each file in bytes; what `metrics.jsonl` holds is on the disk."""
         os.fsync(self._jsonl.fileno())
         return {path.name: path.stat().st_size for path in self._files()}
 
@@ -412,7 +412,9 @@ class Logger:
 
 
 class ProgressBar:
-    """One live bar over the steps of a run; lines, a minute apart, where output is no terminal."""
+    """One live bar over the steps of a run; lines, a minute apart, where output is no terminal;
+    nothing unless `shown`.
+    """
 
     def __init__(self, total: int, step: int, shown: bool = True):
         self._shown = shown
@@ -427,9 +429,9 @@ class ProgressBar:
 
     def update(self, step: int, text: str) -> None:
         """Shows where the run stands: frames, rate and time left, then `text`."""
-        step, now = min(step, self._total), time.monotonic()
         if not self._shown:
             return
+        step, now = min(step, self._total), time.monotonic()
         if now < self._next and (step < self._total or self._complete):
             return
         self._complete = step == self._total

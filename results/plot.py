@@ -170,8 +170,12 @@ def differing(mine: dict, siblings: list[dict]) -> list[str]:
     others = [other for other in siblings if other["preset"] == mine["preset"]]
     keys = dict.fromkeys(key for other in others for key in other)
     values = {key: [c.get(key, "unset") for c in (mine, *others)] for key in keys}
-    texts = {k: f"{v[0]:g}" if isinstance(v[0], float) else str(v[0]) for k, v in values.items()}
-    return [f"{k}={texts[k]}" for k, v in values.items() if any(x != v[0] for x in v)]
+    return [f"{k}={plainly(v[0])}" for k, v in values.items() if any(x != v[0] for x in v)]
+
+
+def plainly(value) -> str:
+    """A setting in few characters: 1.0 as 1."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -189,13 +193,14 @@ def group_runs(runs: list[Run]) -> list[Group]:
         for members in siblings:
             mine = settings_of(members[0])
             parts = differing(mine, by_algo[algo])
+            presets = {other["preset"] for other in by_algo[algo]}
             # Of a seed that was run twice, the run that got further.
             best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
             twins = [r for r in members if r is not best[r.config["seed"]]]
             kept = [best[seed] for seed in sorted(best)]
             exps = "+".join(sorted({run.config["exp"] for run in kept}))
             settings = ", ".join([mine["preset"], exps, *parts])
-            differ = ", ".join([mine["preset"], *parts]) if parts or len(siblings) > 1 else ""
+            differ = ", ".join([mine["preset"], *parts]) if parts or len(presets) > 1 else ""
             groups.append(Group(task, algo, kept, twins, differ, settings))
     return groups
 

@@ -93,7 +93,9 @@ def wait_for(scalar, process, logdir) -> None:
     """Until a run that goes on in `process` has logged that scalar."""
     metrics, deadline = folder(logdir) / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and scalar in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None, f"no {scalar} came"
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(f"no {scalar} came")
         time.sleep(0.1)
 
 

@@ -779,7 +779,7 @@ def test_an_evaluated_episode_ends_where_it_ends_and_others_go_on(make_agent):
         assert episode["return"] == episode["reward"].sum()
 
 
-def test_a_dream_shows_truth_prediction_and_error(make_agent):
+def test_an_open_loop_video_shows_truth_prediction_and_error(make_agent):
     agent = make_agent()
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 9, 64, 64, 3), np.uint8)
@@ -793,7 +793,7 @@ def test_a_dream_shows_truth_prediction_and_error(make_agent):
         assert np.abs(error - (255.0 - x)).max() <= 1  # (model - truth + 1) / 2
 
 
-def test_dream_sees_the_context_and_no_later_frame(make_agent):
+def test_open_loop_prediction_sees_the_context_and_no_later_frame(make_agent):
     agent = make_agent()
     image = torch.randint(0, 256, (9, 2, 64, 64, 3), dtype=torch.uint8)
     action = torch.rand(9, 2, 2)

@@ -314,7 +314,7 @@ def test_benchmark_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert run("--benchmark", "--json", path, *words) == 0
     (out, told), result = capsys.readouterr(), json.loads(path.read_text())
     parts = ("environment", "the suite's own environment", "collecting", "acting", "sampling")
-    parts = [*parts, "gradient step", "evaluation"]
+    parts = [*parts, "gradient step", "matrix product", "evaluation"]
     assert told.splitlines() == [f"measuring: {part}" for part in parts]  # and no bar of a run
     first, settings, *_ = out.splitlines()
     assert len(out.splitlines()) == 1 + len(result)
@@ -622,7 +622,7 @@ def test_no_row_is_called_lost_that_was_never_written(tmp_path, monkeypatch, cap
     assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
     out = capsys.readouterr().out
     assert "rows are lost" not in out
-    last = f"this run is complete: {folder(tmp_path)}; --evaluate --restore shows it"
+    last = f"complete: {folder(tmp_path)}; the same flags with --evaluate --restore show it"
     assert out.splitlines()[-1] == last
 
 

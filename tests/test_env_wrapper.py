@@ -401,6 +401,8 @@ def test_an_episode_whose_simulation_diverges_is_truncated(make):
     image, _ = env.reset(seed=1)
     assert (image == env.reset(seed=1)[0]).all()
     assert not env.step(env.action_space.sample())[3]
+    with pytest.raises(RuntimeError):  # an action that is no number is no fault of the simulation
+        env.step(np.full(6, np.nan, np.float32))
 
 
 def test_a_real_end_of_a_task_is_a_termination(make):

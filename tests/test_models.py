@@ -218,11 +218,11 @@ def test_gru_and_its_gradient_are_pytorchs():
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_a_recordings_gradient_is_the_networks(layers):
+def test_a_recorded_mlps_gradient_is_the_networks(layers):
     net, x = models.mlp(6, 5, layers, 2).double(), torch.randn(4, 3, 6).double()
-    recording = models.RecordedMLP(net, 4, 3)
-    steps = [recording(step).clone() for step in x]
-    outputs, expected = recording.outputs(), net(x.flatten(0, 1)).unflatten(0, (4, 3))
+    recorded = models.RecordedMLP(net, 4, 3)
+    steps = [recorded(step).clone() for step in x]
+    outputs, expected = recorded.outputs(), net(x.flatten(0, 1)).unflatten(0, (4, 3))
     torch.testing.assert_close(torch.stack(steps), expected)
     torch.testing.assert_close(outputs, expected)
     cotangent, weights = torch.randn_like(expected), list(net.parameters())
@@ -373,13 +373,13 @@ def test_the_gradients_of_traces_can_be_taken_twice_and_change_nothing():
     moves = trace.noise[..., :2].clone().requires_grad_()
     imagined = rssm.retrace(trace, moves)
     net = models.mlp(6, 5, 2, 2).double()
-    recording = models.RecordedMLP(net, 4, 3)
+    recorded = models.RecordedMLP(net, 4, 3)
     for step in torch.randn(4, 3, 6).double():
-        recording(step)
+        recorded(step)
     for outputs, leaves in (
         ((post.deter, post.mean), [rssm.cell.weight_hh, rssm.img_in.weight]),
         ((imagined.deter, imagined.mean), [moves]),
-        ((recording.outputs(),), list(net.parameters())),
+        ((recorded.outputs(),), list(net.parameters())),
     ):
         cotangents = [torch.randn_like(x) for x in outputs]
         before = [x.clone() for x in cotangents]

@@ -160,6 +160,11 @@ def test_what_differs_between_tasks_is_named_too(make_run, tmp_path):
         ("walker-walk", "Dreamerv1"): "small, kl_scale=0.3",
     }
     assert plot.remarks(groups_of(tmp_path)) == []
+    make_run([1.0], algo="Dreamerv2", preset="full", kl_scale=1.0)
+    differ = {
+        group.task: group.differ for group in groups_of(tmp_path) if group.algo == "Dreamerv2"
+    }
+    assert differ == {"cheetah-run": "small", "walker-walk": "full"}
 
 
 def test_a_setting_that_one_run_does_not_know_keeps_it_apart(make_run, tmp_path):
