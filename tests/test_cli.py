@@ -622,6 +622,8 @@ def test_no_row_is_called_lost_that_was_never_written(tmp_path, monkeypatch, cap
     assert run("--train", "--restore", *flags(env="cartpole-balance", logdir=tmp_path)) == 0
     out = capsys.readouterr().out
     assert "rows are lost" not in out
+    losses = r"image \d{5}  reward [\d.]+  kl [\d.]+  actor -?[\d.]+  value [\d.]+\]\n"
+    assert re.search(r"100% 240/240 .*, return \d+  " + losses, out)
     last = f"complete: {folder(tmp_path)}; the same flags with --evaluate --restore show it"
     assert out.splitlines()[-1] == last
 
