@@ -417,8 +417,7 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, step: int, shown: bool = True):
-        self._shown = shown
-        self._lines = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self._lines = shown and not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         step = min(step, total)
         self._total, self._first, self._started = total, step, time.monotonic()
         self._next, self._complete = self._started, False
@@ -429,8 +428,6 @@ class ProgressBar:
 
     def update(self, step: int, text: str) -> None:
         """Shows where the run stands: frames, rate and time left, then `text`."""
-        if not self._shown:
-            return
         step, now = min(step, self._total), time.monotonic()
         if now < self._next and (step < self._total or self._complete):
             return

@@ -188,20 +188,18 @@ def group_runs(runs: list[Run]) -> list[Group]:
     for (_, algo, _), members in together.items():
         by_algo.setdefault(algo, []).append(settings_of(members[0]))
     groups = []
-    for (task, algo), names in groupby(sorted(together), key=lambda name: name[:2]):
-        siblings = [together[name] for name in names]
-        for members in siblings:
-            mine = settings_of(members[0])
-            parts = differing(mine, by_algo[algo])
-            presets = {other["preset"] for other in by_algo[algo]}
-            # Of a seed that was run twice, the run that got further.
-            best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
-            twins = [r for r in members if r is not best[r.config["seed"]]]
-            kept = [best[seed] for seed in sorted(best)]
-            exps = "+".join(sorted({run.config["exp"] for run in kept}))
-            settings = ", ".join([mine["preset"], exps, *parts])
-            differ = ", ".join([mine["preset"], *parts]) if parts or len(presets) > 1 else ""
-            groups.append(Group(task, algo, kept, twins, differ, settings))
+    for (task, algo, _), members in sorted(together.items(), key=lambda item: item[0]):
+        mine = settings_of(members[0])
+        parts = differing(mine, by_algo[algo])
+        presets = {other["preset"] for other in by_algo[algo]}
+        # Of a seed that was run twice, the run that got further.
+        best = {r.config["seed"]: r for r in sorted(members, key=lambda r: r.last)}
+        twins = [r for r in members if r is not best[r.config["seed"]]]
+        kept = [best[seed] for seed in sorted(best)]
+        exps = "+".join(sorted({run.config["exp"] for run in kept}))
+        settings = ", ".join([mine["preset"], exps, *parts])
+        differ = ", ".join([mine["preset"], *parts]) if parts or len(presets) > 1 else ""
+        groups.append(Group(task, algo, kept, twins, differ, settings))
     return groups
 
 
